@@ -1,0 +1,62 @@
+.DEFAULT_GOAL := help
+.PHONY: help install train test slow lint types goldens lock clean
+
+BIN := .venv/bin
+STAMP := .venv/installed
+
+help:  ## show this text
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+
+install: $(STAMP)  ## make .venv with everything pinned, and .venv/bin/drover
+
+# Debian's python3 comes without ensurepip, and a pyenv shim may stand for a version that is not active: try them.
+define find_python
+python=; for candidate in python3.11 python3.12 python3.13 python3; do \
+    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+        python=$$candidate; break; \
+    fi; \
+done; \
+if [ -z "$$python" ]; then \
+    echo "Drover needs Python 3.11 or newer with its venv module; tried python3.11, python3.12, python3.13, python3." >&2; \
+    echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+fi
+endef
+
+$(STAMP): requirements.lock setup.py pyproject.toml
+	@$(find_python); \
+	echo "Installing the packages of requirements.lock into .venv with $$($$python --version) ..."; \
+	$$python -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "Done: $(BIN)/drover"
+
+train: install  ## install, then the default run: minutes on a laptop
+	$(BIN)/drover train --config configs/tiny.py
+
+test: install  ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: install  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: install  ## style and likely mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## static types
+	$(BIN)/pyright
+
+goldens: install  ## write the rendered configs in tests/golden/configs again
+	$(BIN)/python -m tests.configs.regenerate
+
+lock:  ## write requirements.lock again, with the newest versions that setup.py allows
+	@$(find_python); rm -rf .venv-lock && $$python -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@{ echo "# Every package of .venv, for Python 3.11 to 3.13 on Linux. Written by: make lock"; \
+	   .venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip; } > requirements.lock
+	rm -rf .venv-lock
+
+clean:  ## remove .venv, caches and build output; runs/ stays
+	rm -rf .venv .venv-lock build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

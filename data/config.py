@@ -1,0 +1,66 @@
+"""Typed options of the data (free of grain, which imports jax)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Problem = tuple[str, str]
+
+SOURCES = ("text", "scenes")
+"""Names of the built-in sources: the standard library's documentation and code; drawn scenes with questions."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the data needs to know of the vision encoder (not an option: derived from `model.vision`)."""
+
+    tile_size: int
+    """Side of a tile, in pixels."""
+    tokens_per_tile: int
+    """Patch tokens that stand for one tile in the sequence."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads, how it is packed into rows, and in which order."""
+
+    mixture: Mapping[str, float] = field(default_factory=lambda: {"text": 0.3, "scenes": 0.7})
+    """Share of the tokens that each source supplies; made to sum to one."""
+    sequence_length: int = 512
+    """Tokens in a row, S."""
+    batch_size: int = 8
+    """Rows in a step, B, over all devices and micro-batches."""
+    tiles_per_row: int = 8
+    """Image tiles that a row can hold, M. A row is closed early when its tiles are used up."""
+    max_tiles: int = 4
+    """Tiles that one image may be cut into, its global tile aside."""
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    """Byte-level BPE trained once on the training split and cached, or plain bytes."""
+    tokenizer_size: int = 1024
+    """Tokens in the BPE vocabulary, special tokens included; at most model.vocab_size."""
+    scenes: int = 32768
+    """Drawn scenes of the training split. A run that uses them up begins again."""
+    answer_weight: float = 1.0
+    """Weight in the loss of the tokens that answer a question about a picture; all other text weighs 1."""
+    window: int = 256
+    """Documents packed together; windows are independent, so any row can be found without the ones before."""
+    seed: int = 0
+    """Decides the order of documents and the content of drawn scenes."""
+    workers: int = 1
+    """Processes that make batches ahead of the step; 0 makes them in threads of the trainer."""
+    prefetch: int = 4
+    """Batches that each worker keeps ready."""
+    cache_dir: str = "~/.cache/drover"
+    """Where the trained tokenizer and the tokenised text are kept between runs, under a digest of their content."""
+
+    def problems(self) -> Iterator[Problem]:
+        unknown = sorted(set(self.mixture) - set(SOURCES))
+        if unknown:
+            yield "mixture", f"found sources {unknown}, expected names out of {list(SOURCES)}"
+        if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
+            yield "mixture", f"found weights {dict(self.mixture)}, expected none below zero and a sum above zero"
+        at_least = {"sequence_length": 3, "batch_size": 1, "window": 1, "max_tiles": 1, "scenes": 1, "prefetch": 1}
+        at_least |= {"tiles_per_row": 0, "workers": 0, "answer_weight": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                yield name, f"found {getattr(self, name)}, expected {least} or more"

@@ -1,0 +1,70 @@
+"""What must be arranged before jax is imported: environment variables, the allocator, who may write to the terminal."""
+
+import ctypes
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+DEFAULTS = {
+    # Log lines of XLA's C++ side: errors only. Its warnings speak to people who build XLA.
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+# Parameters of glibc's mallopt(3).
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def prepare(verbose: bool) -> None:
+    """Sets environment variables that the user has not set, settles the allocator, and quietens libraries.
+
+    Call it before the first import of jax.
+
+    Args:
+      verbose: leave the libraries their log, with a traceback for every error that they meet on the way.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if not has_accelerator():
+        keep_freed_memory()
+    if not verbose:
+        _quieten()
+
+
+def has_accelerator() -> bool:
+    """Whether jax may use another device than the CPU here."""
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    if chosen:
+        return chosen != "cpu"
+    return any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the memory that XLA frees, in one arena, instead of giving it back to the kernel.
+
+    On a CPU every step allocates the same large temporaries. By default each is mapped anew and the kernel clears its
+    pages, 100,000 page faults in a step of the tiny run: `python -m benchmarks.step`, with and without `--no-allocator`.
+    Threads that exist keep the arenas they have, so this must come before jax starts its own.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(parameter, value)
+
+
+def _quieten() -> None:
+    """Keeps off the terminal what is raised as well, and so reaches the user as one message."""
+    from absl.logging import get_absl_logger
+
+    # A full disk alone makes Orbax log four tracebacks. A filter and not a level, which parsing absl's flags resets.
+    get_absl_logger().addFilter(lambda record: record.levelno > logging.ERROR)
+
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        # After a failed write, TensorStore reports every other one of it to an event loop that is gone.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook

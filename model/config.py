@@ -1,0 +1,192 @@
+"""Typed options of the model: the text decoder and the vision encoder (free of jax, so that `--help` is instant)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Problem = tuple[str, str]
+"""(field, what was found, what was expected and what to do)."""
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3 frequency scaling: long wavelengths are stretched so that a model reads past its pretraining length."""
+
+    factor: float = 16.0
+    """Wavelengths beyond `original_length / low_freq_factor` are multiplied by this."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above `original_length` over this are scaled in full."""
+    high_freq_factor: float = 1.0
+    """Wavelengths below `original_length` over this are left alone."""
+    original_length: int = 8192
+    """Sequence length (tokens) before scaling."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.factor < 1:
+            yield "factor", f"found {self.factor}, expected 1 or more"
+        if self.low_freq_factor > self.high_freq_factor:
+            yield (
+                "low_freq_factor",
+                f"found {self.low_freq_factor}, expected at most high_freq_factor={self.high_freq_factor}",
+            )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision encoder: one ViT per square tile, pixel shuffle, adapter MLP."""
+
+    image_size: int = 336
+    """Side of a tile, in pixels."""
+    patch_size: int = 14
+    """Side of a patch, in pixels."""
+    hidden_size: int = 1408
+    """Width of the encoder."""
+    num_layers: int = 34
+    """Number of encoder blocks."""
+    num_heads: int = 16
+    """Attention heads; each is hidden_size / num_heads wide."""
+    ffn_size: int = 5632
+    """Width of the encoder's MLP."""
+    shuffle: int = 2
+    """Pixel shuffle: shuffle x shuffle neighbouring patches become one token (Llama's pixel_shuffle_ratio, inverted)."""
+    adapter_size: int = 4096
+    """Width of the adapter MLP after the pixel shuffle, and of the features that the projector maps to the decoder."""
+    rope_theta: float = 10000.0
+    """Base of the two-dimensional rotary position embedding."""
+    tiles_per_block: int = 8
+    """Tiles encoded at once; blocks that hold only padding are skipped."""
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Decoder tokens that one tile becomes."""
+        return (self.patches_per_side // self.shuffle) ** 2
+
+    def problems(self) -> Iterator[Problem]:
+        if self.image_size % (self.patch_size * self.shuffle):
+            yield (
+                "image_size",
+                f"found {self.image_size}, expected a multiple of patch_size x shuffle: {self.patch_size * self.shuffle}",
+            )
+        if self.hidden_size % self.num_heads or self.hidden_size // max(self.num_heads, 1) % 4:
+            yield (
+                "num_heads",
+                f"found {self.num_heads}, expected a divisor of hidden_size={self.hidden_size} that leaves heads whose "
+                "width is a multiple of 4 (two rotary axes of complex pairs)",
+            )
+
+
+class LayerKind(NamedTuple):
+    """What one decoder layer is made of."""
+
+    moe: bool
+    """Mixture of experts, else a dense MLP."""
+    rope: bool
+    """Rotary positions and chunked attention, else no positions and full attention."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder, and the vision encoder if there is one. Defaults are Llama 4 Scout's."""
+
+    vocab_size: int = 202048
+    """Rows of the embedding table and columns of the output head."""
+    hidden_size: int = 5120
+    """Width D of the residual stream."""
+    num_layers: int = 48
+    """Number of decoder layers."""
+    num_heads: int = 40
+    """Query heads N."""
+    num_kv_heads: int = 8
+    """Key and value heads K; consecutive groups of num_heads / num_kv_heads query heads share one."""
+    head_dim: int = 128
+    """Width H of a head; num_heads x head_dim need not equal hidden_size."""
+    dense_ffn_size: int = 16384
+    """Width of the MLP in dense layers."""
+    expert_ffn_size: int = 8192
+    """Width F of each expert, and of the shared expert."""
+    num_experts: int = 16
+    """Experts E in each mixture-of-experts layer."""
+    experts_per_token: int = 1
+    """Experts that each token visits (top-k)."""
+    moe_layer_step: int = 1
+    """Every so many layers, the last of the group is a mixture of experts; 0 makes all layers dense."""
+    moe_layers: tuple[int, ...] | None = None
+    """Exactly these layers are mixtures of experts; overrides moe_layer_step."""
+    nope_layer_step: int = 4
+    """Every so many layers, the last of the group has no rotary positions and attends globally; 0 makes none so."""
+    nope_layers: tuple[int, ...] | None = None
+    """Exactly these layers are global without rotary positions; overrides nope_layer_step."""
+    chunk_size: int = 8192
+    """Rotary layers attend within chunks of this many tokens, counted from the start of the document."""
+    qk_norm: bool = True
+    """Normalise queries and keys (no learned weight) after the rotary embedding, in rotary layers."""
+    rope_theta: float = 500000.0
+    """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Frequency scaling for long context; None leaves the frequencies alone."""
+    temperature_tuning: bool = True
+    """Scale the queries of global layers by 1 + scale x log(1 + floor((position + 1) / floor))."""
+    temperature_floor: float = 8192.0
+    """Positions below this are not scaled."""
+    temperature_scale: float = 0.1
+    """Strength of the temperature tuning."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output head."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every normalisation."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; 0 draws each matrix with 1 / sqrt(inputs) and embeddings with 1."""
+    vision: VisionConfig | None = None
+    """The vision encoder; None for a text-only model."""
+    dtype: Dtype = "float32"
+    """Precision of the computation. Norms, router, rotary embedding and softmax are at least float32."""
+    param_dtype: Dtype = "float32"
+    """Precision in which the weights are kept."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole super-blocks."""
+    scan_layers: bool = True
+    """Scan over super-blocks, so that compile time does not grow with depth. The weights are stacked either way."""
+    expert_kernel: Literal["auto", "blocks", "ragged_dot", "tokamax"] = "auto"
+    """Grouped matrix product of the experts; auto takes blocks on CPU, tokamax on GPU, ragged_dot on TPU."""
+    router_bias_rate: float = 0.0
+    """Step of the aux-loss-free router bias (arXiv 2408.15664), moved against an expert's excess load; 0 for no bias."""
+
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, first to last."""
+
+        def last_of_group(step: int) -> set[int]:
+            return set(range(step - 1, self.num_layers, step)) if step else set()
+
+        moe = last_of_group(self.moe_layer_step) if self.moe_layers is None else set(self.moe_layers)
+        nope = last_of_group(self.nope_layer_step) if self.nope_layers is None else set(self.nope_layers)
+        return tuple(LayerKind(i in moe, i not in nope) for i in range(self.num_layers))
+
+    def super_block(self) -> tuple[LayerKind, ...]:
+        """The shortest run of layers that, repeated, gives the whole decoder."""
+        kinds = self.layer_kinds()
+        periods = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+        return next(kinds[:n] for n in periods if kinds[:n] * (len(kinds) // n) == kinds)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.num_heads % max(self.num_kv_heads, 1):
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            yield (
+                "num_kv_heads",
+                f"found {self.num_kv_heads}, expected a divisor of num_heads={self.num_heads}: {divisors}",
+            )
+        if self.head_dim % 2:
+            yield "head_dim", f"found {self.head_dim}, expected an even number (rotary embedding turns pairs)"
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            yield "experts_per_token", f"found {self.experts_per_token}, expected 1 to num_experts={self.num_experts}"
+        if self.temperature_tuning and not self.temperature_floor:
+            yield "temperature_floor", "found 0.0, expected more than 0 with temperature_tuning"
+        for name in ("moe_layers", "nope_layers"):
+            outside = [i for i in getattr(self, name) or () if not 0 <= i < self.num_layers]
+            if outside:
+                yield name, f"found layers {outside}, expected 0 to {self.num_layers - 1}"

@@ -1,0 +1,235 @@
+"""The command line as a new user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from trainer.config import RunConfig
+from trainer.sections import from_plain
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    # It changes the process for good.
+    monkeypatch.setattr("launch.environment.prepare", lambda verbose: None)
+
+
+def drover(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def complaint(capsys, *arguments: str) -> str:
+    """What a command that the user got wrong says on stderr."""
+    status = cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+# What needs no jax answers at once
+
+QUICK = [
+    ["--help"],
+    ["train", "--help"],
+    ["--version"],
+    ["train", "--confg", "configs/tiny.py"],
+    ["trian"],
+    ["config", "--config", "configs/tiny.py"],
+    ["config", "--config", "configs/behemoth.py", "--config.steps=abc"],
+    ["generate", "--workdir", "no/such/run", "--prompt", "hello"],
+]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_help_config_and_mistakes_import_no_jax(arguments):
+    code = (
+        "import sys\n"
+        "from launch.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('jax', 'jaxlib', 'flax', 'grain', 'numpy') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_quick():
+    # A fifth of a second on an idle machine; the bound leaves room for a busy one.
+    started = time.perf_counter()
+    assert drover("--help").returncode == 0
+    assert time.perf_counter() - started < 3
+
+
+# What it says
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "did you mean train?"),
+        (["plan"], "the commands are train, config, generate, report"),
+        (["train"], "required: --config"),
+        (["train", "--cofnig", "x.py"], "no flag --cofnig; did you mean --config?"),
+        (["train", "--config", "configs/tiny.py", "--wrokdir=x"], "did you mean --workdir?"),
+        (["train", "--config", "configs/tiny.py", "--optimizer.peak_lr=1"], "--config.optimizer.peak_lr=VALUE"),
+        (["train", "--config", "configs/tiny.py", "--peak_lr", "1"], "--config.optimizer.peak_lr=VALUE"),
+        (["train", "--config", "configs/tiny.py", "--config.steps"], "write --config.steps=VALUE"),
+        (["train", "--config", "configs/tiny.py", "--config.steps", "--workdir=x"], "write --config.steps=VALUE"),
+        (["train", "--config", "configs/tiny.py", "stray"], "stray"),
+        (["train", "--config", "configs/tniy.py"], "configs/tniy.py does not exist; did you mean configs/tiny.py?"),
+        (["train", "--config", "tiny"], "did you mean configs/tiny.py?"),
+        (["config", "--config", "configs/tiny.py", "--jsno"], "did you mean --json?"),
+        (["config", "--config", "configs/tiny.py", "--config.model.num_heads=7"], "num_heads=7: [1, 7]"),
+        (["report", "--workdir", "x", "--config.steps=3"], "takes no overrides"),
+        (["report", "--workdir", "no/such/run"], "no/such/run does not exist"),
+        (["report", "--workdir", "configs"], "configs has no config.json"),
+        (["generate", "--workdir", "x"], "required: --prompt"),
+        (["generate", "--workdir", "x", "--prompt", "p", "--max-tokens", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_a_mistake_is_answered_with_its_cure(capsys, arguments, told):
+    assert told in complaint(capsys, *arguments)
+
+
+def test_nothing_at_all_is_answered_with_the_help(capsys):
+    assert cli.main([]) == 0
+    assert "train a model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", [["--config.optimizer.peak_lr=0.25"], ["--config.optimizer.peak_lr", "0.25"]])
+def test_an_override_may_be_written_with_or_without_an_equals_sign(capsys, spelling):
+    assert cli.main(["config", "--config=configs/tiny.py", *spelling]) == 0
+    assert "* optimizer.peak_lr = 0.25  (default" in capsys.readouterr().out
+
+
+def test_the_last_of_two_overrides_counts_and_values_may_look_like_anything():
+    arguments = ["--config.name=a=b", "--config.steps", "-5", "rest", "--config.steps=6"]
+    assert cli.split_overrides(arguments) == (["rest"], {"name": "a=b", "steps": "6"})
+
+
+def test_config_as_json_is_the_run(capsys):
+    assert cli.main(["config", "--config", "configs/tiny.py", "--json"]) == 0
+    assert from_plain(RunConfig, json.loads(capsys.readouterr().out)).name == "tiny"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m launch.cli config --config configs/scout.py | head -1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("* name = 'scout'")
+    assert done.stderr == ""
+
+
+def test_a_traceback_comes_only_when_it_is_asked_for(capsys):
+    for arguments in (["--traceback", "trian"], ["trian", "--traceback"]):
+        assert cli.main(arguments) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+# What it starts
+
+
+def test_train_is_given_the_run_and_the_directory(monkeypatch):
+    calls = []
+    monkeypatch.setattr("trainer.loop.train", lambda run, workdir, **options: calls.append((run, workdir, options)))
+    assert cli.main(["train", "--config", "configs/tiny.py", "--config.name=mine"]) == 0
+    assert cli.main(["train", "--config", "configs/tiny.py", "--workdir", "w", "--allow-config-change"]) == 0
+    (first, here, options), (second, there, more) = calls
+    assert (first.name, here, options) == ("mine", Path("runs/mine"), {"allow_config_change": False})
+    assert (second.name, there, more) == ("tiny", Path("w"), {"allow_config_change": True})
+
+
+@pytest.fixture
+def run_directory(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_generate_streams_what_the_model_says(monkeypatch, capsys, run_directory):
+    image = run_directory / "a.png"
+    image.touch()
+    calls = []
+
+    def generate(*arguments, **options):
+        calls.append((arguments, options))
+        yield from ("a ", "red ", "circle")
+
+    monkeypatch.setattr("trainer.generate.generate", generate)
+    flags = ["--workdir", str(run_directory), "--prompt", "what?", "--image", str(image), str(image)]
+    assert cli.main(["generate", *flags, "--image", str(image), "--max-tokens=5"]) == 0
+    assert capsys.readouterr().out == "a red circle\n"
+    options = {"max_tokens": 5, "temperature": 0.0, "seed": 0}
+    assert calls == [((run_directory, "what?", [image] * 3), options)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--image", "no.png"], "image no.png does not exist"),
+        (["--max-tokens", "0"], "--max-tokens: found 0, expected 1 or more"),
+        (["--temperature", "-1"], "--temperature: found -1.0"),
+        (["--temperature", "nan"], "--temperature: found nan"),
+    ],
+)
+def test_generate_refuses_before_anything_is_loaded(capsys, run_directory, flags, told):
+    assert told in complaint(capsys, "generate", "--workdir", str(run_directory), "--prompt", "p", *flags)
+
+
+def test_report_prints_where_it_was_written(monkeypatch, capsys, run_directory):
+    monkeypatch.setattr("trainer.report.write_report", lambda workdir: workdir / "report.html")
+    assert cli.main(["report", "--workdir", str(run_directory)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_directory / "report.html")
+
+
+# What it does when something breaks
+
+
+def test_a_crash_leaves_its_traceback_in_the_run_directory(monkeypatch, capsys, tmp_path):
+    def train(*_, **__):
+        raise RuntimeError("shapes (3,) and (4,) differ")
+
+    monkeypatch.setattr("trainer.loop.train", train)
+    arguments = ["train", "--config", "configs/tiny.py", "--workdir", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "drover train: crashed: RuntimeError: shapes (3,) and (4,) differ" in err
+    assert "Traceback" not in err
+    (written,) = tmp_path.glob("crash-*.txt")
+    assert str(written) in err
+    assert 'raise RuntimeError("shapes (3,) and (4,) differ")' in written.read_text()
+
+    assert cli.main([*arguments, "--traceback"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interruption_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
+    def train(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.loop.train", train)
+    assert cli.main(["train", "--config", "configs/tiny.py", "--workdir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ndrover train: interrupted\n"

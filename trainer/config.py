@@ -1,0 +1,153 @@
+"""Typed options of a run: training, evaluation, checkpoints, and `RunConfig`, which holds every section."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig, ImageSpec
+from model.config import ModelConfig
+
+Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule, clipping and accumulation."""
+
+    peak_lr: float = 3e-4
+    """Learning rate at the end of the warmup."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warmup: cosine to the final rate, stay and then decay linearly (warmup-stable-decay), or stay."""
+    warmup_steps: int = 100
+    """Steps of linear warmup from zero."""
+    decay_steps: int = 0
+    """wsd only: steps at the end of the run in which the rate falls."""
+    final_lr_fraction: float = 0.1
+    """Final learning rate, as a fraction of peak_lr."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only: not on norms, biases or position and class embeddings."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 never clips."""
+    accumulate: int = 1
+    """Micro-batches that a step is cut into; the gradient is that of the whole batch."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite (each is skipped) before the run stops."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.schedule == "wsd" and self.decay_steps < 1:
+            yield "decay_steps", f"found {self.decay_steps}, expected 1 or more with schedule='wsd'"
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                yield name, f"found {getattr(self, name)}, expected less than 1"
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Next-token loss and the router's auxiliary terms."""
+
+    load_balance_coef: float = 0.01
+    """Weight of the load-balance loss (arXiv 2101.03961), over all tokens of a micro-batch; 1.0 when balanced."""
+    router_z_coef: float = 0.001
+    """Weight of the router z-loss (arXiv 2202.08906): mean squared log-sum-exp of the router's logits."""
+    block_tokens: int = 1024
+    """Tokens whose logits exist at the same time in the vocabulary loss, forward and backward."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = 200
+    """Steps between checkpoints; the last step and an interrupted one are always saved."""
+    keep_last: int = 2
+    """Latest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for ever; 0 keeps none beyond keep_last."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where a run that has no checkpoint of its own begins."""
+
+    from_run: str = ""
+    """Run directory or checkpoint whose weights to start from (optimizer and data start afresh)."""
+    pretrained: str = ""
+    """Directory of Hugging Face Llama 4 safetensors to start from."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out scores: the training objective in the loop, generated answers at the end."""
+
+    every_steps: int = 100
+    """Steps between evaluations of the objective on held-out data."""
+    batches: int = 4
+    """Held-out batches in each of them."""
+    final_batches: int = 16
+    """Held-out batches in the last one."""
+    questions: int = 256
+    """Questions asked at the end, for each of: real, shuffled and blank images; 0 asks none."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while it runs."""
+
+    every_steps: int = 10
+    """Steps between two lines of metrics."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str = "run"
+    """Names the default run directory, runs/<name>."""
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    compile_cache: str = "~/.cache/drover/xla"
+    """Folder of jax's compilation cache, so that a second start compiles nothing; empty for none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def image_spec(self) -> ImageSpec | None:
+        """The vision encoder as the data sees it."""
+        vision = self.model.vision
+        return ImageSpec(vision.image_size, vision.tokens_per_tile) if vision else None
+
+    def problems(self) -> Iterator[Problem]:
+        """Conflicts between sections; each section names its own."""
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            yield "name", f"found {self.name!r}, expected the name of a folder"
+        if self.data.batch_size % self.optimizer.accumulate:
+            yield (
+                "optimizer.accumulate",
+                f"found {self.optimizer.accumulate}, expected a divisor of data.batch_size={self.data.batch_size}",
+            )
+        if self.data.tokenizer == "bpe" and self.data.tokenizer_size > self.model.vocab_size:
+            yield (
+                "data.tokenizer_size",
+                f"found {self.data.tokenizer_size}, expected at most model.vocab_size={self.model.vocab_size}",
+            )
+        if self.data.mixture.get("scenes", 0) > 0 and self.model.vision is None:
+            yield "data.mixture.scenes", "found a weight above zero, expected 0 when model.vision is None"
+        if self.optimizer.warmup_steps >= self.steps:
+            yield (
+                "optimizer.warmup_steps",
+                f"found {self.optimizer.warmup_steps}, expected less than steps={self.steps}",
+            )
