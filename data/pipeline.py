@@ -1,0 +1,274 @@
+"""Batches: packed rows by number, made ahead of the step by grain."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import connection, parent_process, resource_tracker
+from typing import Any, Self
+
+import numpy as np
+
+from data.config import DataConfig, ImageSpec
+from data.packing import Packing
+from data.sources import Source, load_sources, load_tokenizer, source_names
+from data.tokenizer import PAD, PATCH
+from sharding.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Dataset:
+    """Batch n of one split, for any n, as a pure function of (data, seed, config, n).
+
+    Attributes:
+        tokenizer: the tokenizer, trained on the training split.
+        source_names: sources with a weight above zero; `source_ids` counts them from 1.
+        digest: names what the batches are made of. Two datasets with one digest give the same batches.
+    """
+
+    def __init__(self, config: DataConfig, image: ImageSpec | None, held_out: bool):
+        self.config, self.image, self._held_out = config, image, held_out
+        self.tokenizer = load_tokenizer(config, image)
+        self.source_names = source_names(config)
+        self._sources = load_sources(config, image, held_out, self.tokenizer)
+        self._packing = Packing(
+            [source.lengths for source in self._sources],
+            [source.tile_counts for source in self._sources],
+            [config.mixture[source.name] for source in self._sources],
+            config.sequence_length,
+            config.tiles_per_row,
+            config.window,
+            config.seed,
+        )
+        self.digest = _digest(config, image, self.tokenizer.digest, self._sources)
+
+    def __reduce__(self):
+        return Dataset, (self.config, self.image, self._held_out)
+
+    def row_documents(self, n: int) -> list[tuple[str, int]]:
+        """(source, number) of each document in row n; batch b holds rows b * batch_size and on."""
+        return [(self.source_names[s], d) for s, d in self._packing.row(n)]
+
+    def batch(self, n: int) -> Batch:
+        """Batch n.
+
+        Returns:
+            tokens, targets, segment_ids, positions, source_ids: int32 [B, S]; loss_weights: float32 [B, S]. A target
+            is the next token of the same segment, 0 where its weight is 0. Segments count from 1, positions from 0 in
+            each segment, sources from 1; all are 0 at padding.
+            image_tiles: uint8 [B, M, t, t, 3] and image_positions: int32 [B, M, P], the index in the row of each
+            tile's patch tokens; 0 and -1 in unused slots. Absent without an image encoder.
+        """
+        B, S = self.config.batch_size, self.config.sequence_length
+        batch: Batch = {
+            "tokens": np.full((B, S), self.tokenizer.special[PAD], np.int32),
+            "targets": np.zeros((B, S), np.int32),
+            "loss_weights": np.zeros((B, S), np.float32),
+            "segment_ids": np.zeros((B, S), np.int32),
+            "positions": np.zeros((B, S), np.int32),
+            "source_ids": np.zeros((B, S), np.int32),
+        }
+        if self.image is not None:
+            M, t = self.config.tiles_per_row, self.image.tile_size
+            batch["image_tiles"] = np.zeros((B, M, t, t, 3), np.uint8)
+            batch["image_positions"] = np.full((B, M, self.image.tokens_per_tile), -1, np.int32)
+        for b in range(B):
+            self._fill_row({name: array[b] for name, array in batch.items()}, self._packing.row(n * B + b))
+        return batch
+
+    def batches(self, start: int, stop: int) -> "Batches":
+        """Batches start to stop - 1 in order, made ahead by worker processes (or threads). Use it in a `with`."""
+        return Batches(self, start, stop)
+
+    def target_bytes(self, batch: Batch, source: str = "text") -> int:
+        """Bytes of UTF-8 that the weighted targets of a source stand for; the end of a text counts none."""
+        of_source = batch["source_ids"] == self.source_names.index(source) + 1
+        return int(self.tokenizer.byte_lengths[batch["targets"][of_source & (batch["loss_weights"] > 0)]].sum())
+
+    def _fill_row(self, row: Batch, documents: list[tuple[int, int]]) -> None:
+        at, slot = 0, 0
+        for segment, (source, number) in enumerate(documents, start=1):
+            document = self._sources[source].document(number)
+            length = len(document.tokens_S)
+            span = slice(at, at + length)
+            row["tokens"][span] = document.tokens_S
+            row["segment_ids"][span] = segment
+            row["positions"][span] = np.arange(length)
+            row["source_ids"][span] = source + 1
+            weights_S = document.weights_S[1:]
+            row["loss_weights"][at : at + length - 1] = weights_S
+            row["targets"][at : at + length - 1] = np.where(weights_S > 0, document.tokens_S[1:], 0)
+            if document.tiles_M is not None:
+                slots = slice(slot, slot + len(document.tiles_M))
+                patches = np.flatnonzero(document.tokens_S == self.tokenizer.special[PATCH]) + at
+                row["image_tiles"][slots] = document.tiles_M
+                row["image_positions"][slots] = patches.reshape(len(document.tiles_M), -1)
+                slot = slots.stop
+            at += length
+
+
+def build_dataset(config: DataConfig, image: ImageSpec | None, split: str) -> Dataset:
+    """The data of a split, "train" or "heldout".
+
+    Raises:
+        UserError: the options cannot be met, or the cache cannot be written.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'heldout'")
+    return Dataset(config, image, split == "heldout")
+
+
+class Batches:
+    """An iterator over batches that owns worker processes: close it, or use it in a `with`."""
+
+    def __init__(self, dataset: Dataset, start: int, stop: int):
+        import grain  # it imports jax, and takes a second
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain reads its options there, and fails if nobody has parsed them
+            flags.FLAGS.mark_as_parsed()
+        config = dataset.config
+        self._next, self._stop = start, stop
+        numbered = grain.MapDataset.source(_Numbered(dataset, stop)).slice(slice(start, stop))
+        if config.workers == 0:
+            iterable = numbered.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch))
+        else:
+            iterable = numbered.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
+                grain.multiprocessing.MultiprocessingOptions(
+                    num_workers=config.workers, per_worker_buffer_size=config.prefetch
+                ),
+                worker_init_fn=_start_worker,
+            )
+        self._iterator: Any = iter(iterable)
+        with _signals_blocked():
+            self._iterator.get_state()  # makes the iterator of each worker, which start_prefetch alone would not
+            self._iterator.start_prefetch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None or self._next >= self._stop:
+            raise StopIteration
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                error.add_note(f"while making batch {self._next}")
+                raise
+            raise UserError(
+                f"data.workers: a process that makes batches ended by itself ({error}). If memory or "
+                "/dev/shm ran out, lower data.workers or data.prefetch; data.workers=0 needs neither."
+            ) from error
+        except UserError:
+            raise
+        except Exception as error:
+            error.add_note(f"while making batch {self._next}")
+            raise
+        self._next += 1
+        copied = {name: np.array(array) for name, array in batch.items()}  # out of memory shared with the worker
+        batch.clear()  # grain holds on to the dict of the last batch; this lets go of its memory
+        return copied
+
+    def close(self) -> None:
+        """Ends the worker processes. Nothing more can be asked for."""
+        self._stop = self._next
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+            _free_shared_memory()
+
+
+def _free_shared_memory() -> None:
+    """Waits until grain has freed what nobody uses; Python complains at exit of what is left.
+
+    Grain frees on a thread of its own, one block after the other, so a call that runs there comes after all of them.
+    """
+    import grain
+
+    freeing = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+    if freeing is not None:
+        freeing.apply(int)
+
+
+class _Numbered:
+    """The dataset as grain's random-access source."""
+
+    def __init__(self, dataset: Dataset, stop: int):
+        self._dataset, self._stop = dataset, stop
+
+    def __len__(self) -> int:
+        return self._stop
+
+    def __getitem__(self, index: int) -> Batch:
+        if _trainer_gone.is_set():
+            os._exit(1)
+        return self._dataset.batch(index)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C or SIGTERM, which go to all processes: the trainer ends its own."""
+    resource_tracker.ensure_running()  # where it is started by the first process, it unblocks both signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(_index: int, _count: int) -> None:
+    """Runs first in each worker process."""
+    if "jax" in sys.modules:  # grain imports it; should anything in it look for a device, the trainer has them all
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+_trainer_gone = threading.Event()
+
+
+def _end_with_trainer() -> None:
+    """Ends a worker whose trainer was killed.
+
+    Best before the next batch: a process that ends while it makes a block of shared memory leaves it behind for ever.
+    The wait is for one that stands still because nobody takes its batches.
+    """
+    trainer = parent_process()
+    if trainer is not None:
+        connection.wait([trainer.sentinel])
+        _trainer_gone.set()
+        time.sleep(2)
+        os._exit(1)
+
+
+def _digest(config: DataConfig, image: ImageSpec | None, tokenizer_digest: str, sources: list[Source]) -> str:
+    """Over everything that batches are made of, pictures by a sample (another Pillow may draw differently)."""
+    options = (
+        config.sequence_length,
+        config.batch_size,
+        config.tiles_per_row,
+        config.window,
+        config.seed,
+        config.answer_weight,
+        [(source.name, config.mixture[source.name]) for source in sources],
+        image,
+    )
+    content = hashlib.sha256(repr((options, tokenizer_digest)).encode())
+    for source in sources:
+        for array in (source.tokens, source.starts, source.tile_counts):
+            content.update(np.ascontiguousarray(array).tobytes())
+        if source.make_tiles:
+            for i in range(min(16, len(source))):
+                content.update(source.make_tiles(i).tobytes())
+    return content.hexdigest()

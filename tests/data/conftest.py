@@ -1,0 +1,41 @@
+"""Small data for the tests of this folder, made once per test session."""
+
+import dataclasses
+
+import pytest
+
+from data.config import DataConfig, ImageSpec
+from data.pipeline import Dataset, build_dataset
+
+IMAGE = ImageSpec(tile_size=32, tokens_per_tile=4)
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> DataConfig:
+    return DataConfig(
+        sequence_length=256,
+        batch_size=3,
+        tiles_per_row=5,
+        tokenizer_size=600,
+        scenes=600,
+        window=32,
+        workers=0,
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )
+
+
+@pytest.fixture(scope="session")
+def image() -> ImageSpec:
+    return IMAGE
+
+
+@pytest.fixture(scope="session")
+def dataset(config, image) -> Dataset:
+    return build_dataset(config, image, "train")
+
+
+@pytest.fixture(scope="session")
+def scenes_only(config, image) -> Dataset:
+    """Bytes for tokens, so that nothing has to be trained; quick to make again in another process."""
+    small = dataclasses.replace(config, mixture={"scenes": 1.0}, tokenizer="bytes", sequence_length=512, scenes=100)
+    return build_dataset(small, image, "train")

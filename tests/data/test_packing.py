@@ -1,0 +1,115 @@
+"""No row overflows, no document is lost, and any row is found without the rows before it."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.packing import Packing, pack_rows
+
+DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4)), max_size=40)
+
+
+@given(DOCUMENTS, st.integers(60, 90), st.integers(4, 7))
+def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, tiles):
+    lengths, counts = [d[0] for d in documents], [d[1] for d in documents]
+    rows = pack_rows(lengths, counts, tokens, tiles)
+    assert sorted(i for row in rows for i in row) == list(range(len(documents)))
+    for row in rows:
+        assert row
+        assert sum(lengths[i] for i in row) <= tokens
+        assert sum(counts[i] for i in row) <= tiles
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=9), st.integers(3, 6))
+def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles):
+    lengths, counts, tokens = [d[0] for d in documents], [d[1] for d in documents], 30
+    left = set(range(len(documents)))
+    for row in pack_rows(lengths, counts, tokens, tiles):
+        first = max(left, key=lambda i: (lengths[i], -i))
+        assert row[0] == first
+        others = sorted(left - {first})
+        fullest = 0
+        for subset in range(2 ** len(others)):  # all of them
+            chosen = [first, *(i for k, i in enumerate(others) if subset >> k & 1)]
+            if sum(counts[i] for i in chosen) <= tiles:
+                used = sum(lengths[i] for i in chosen)
+                fullest = used if fullest < used <= tokens else fullest
+        assert sum(lengths[i] for i in row) == fullest
+        left -= set(row)
+
+
+def small_packing(sizes, shares, window=16, seed=0) -> tuple[Packing, list[np.ndarray]]:
+    rng = np.random.default_rng(1)
+    lengths = [rng.integers(5, 60, size) for size in sizes]
+    tiles = [rng.integers(0, 3, size) for size in sizes]
+    return Packing(lengths, tiles, shares, 64, 4, window, seed), lengths
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0.05, 1)), min_size=1, max_size=3),
+    st.integers(1, 40),
+    st.integers(0, 3),
+)
+def test_a_cycle_has_each_document_as_often_as_any_other_of_its_source(sources, window, seed):
+    packing, lengths = small_packing([size for size, _ in sources], [share for _, share in sources], window, seed)
+    for cycle in range(2):
+        seen = [np.zeros(len(length), int) for length in lengths]
+        for n in range(packing.rows_per_cycle()):
+            for source, document in packing.row(cycle * packing.rows_per_cycle() + n):
+                seen[source][document] += 1
+        assert [int(s.sum()) for s in seen] == list(packing.documents_per_cycle)
+        assert all(s.max() - s.min() <= 1 for s in seen)
+        assert any(s.min() == s.max() == 1 for s in seen)  # the one that lasts longest
+
+
+def test_sources_have_their_share_of_the_tokens_from_the_start():
+    packing, lengths = small_packing([3000, 500], [0.7, 0.3], window=64)
+    for rows in (range(200), range(200, 400)):
+        tokens = np.zeros(2)
+        for n in rows:
+            for source, document in packing.row(n):
+                tokens[source] += lengths[source][document]
+        assert abs(tokens[0] / tokens.sum() - 0.7) < 0.03
+
+
+def test_a_row_is_the_same_whatever_was_asked_before():
+    rows = [small_packing([200, 30], [0.5, 0.5])[0].row(n) for n in range(150)]
+    packing, _ = small_packing([200, 30], [0.5, 0.5])
+    assert [packing.row(n) for n in reversed(range(150))] == rows[::-1]
+
+
+def test_cycles_and_seeds_differ_in_order():
+    packing, _ = small_packing([100], [1.0])
+    count = packing.rows_per_cycle()
+    cycles = [[packing.row(c * count + n) for n in range(count)] for c in range(3)]
+    assert cycles[0] != cycles[1] != cycles[2]
+    assert sorted(map(sorted, cycles[0])) == sorted(map(sorted, cycles[1]))
+    assert small_packing([100], [1.0], seed=1)[0].row(0) != packing.row(0)
+
+
+def test_a_far_row_costs_at_most_one_cycle():
+    packing, _ = small_packing([2000, 400], [0.5, 0.5], window=64)
+    start = time.perf_counter()
+    packing.row(10**12)
+    packing.row(10**12 + 1)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_tiny_share_costs_nothing_until_its_rows_are_asked_for():
+    packing, _ = small_packing([2000, 400], [1.0, 1e-7], window=64)
+    start = time.perf_counter()
+    packing.row(100)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("tokens", [512, 2048])
+def test_packing_wastes_less_than_three_per_cent(tokens):
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.normal(105, 19, 180).clip(60, 190), rng.uniform(400, 512, 30)]).astype(int).tolist()
+    rows = pack_rows(lengths, [1] * len(lengths), tokens, 64)
+    assert sum(lengths) / (tokens * len(rows)) > 0.97

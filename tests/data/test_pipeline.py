@@ -1,0 +1,195 @@
+"""Batches against an obvious, slow derivation; the same batches through any number of workers."""
+
+import dataclasses
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.images import layout, tiles
+from data.pipeline import Dataset, build_dataset
+from data.scene_text import document
+from data.scenes import HELD_OUT_START, NOVEL, draw, make_scene, tile_grid
+from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, IMAGE_TOKENS, PAD, PATCH
+from sharding.errors import UserError
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def slow_scene(dataset: Dataset, config, image, index: int):
+    """Tokens, weights and tiles of a scene's document, one piece of text after the other."""
+    tokenizer = dataset.tokenizer
+    scene = make_scene(config.seed, index, image.tile_size, config.max_tiles)
+    names = [BEGIN_OF_TEXT, *layout(tile_grid(scene, image.tile_size), image.tokens_per_tile)]
+    tokens, weights = [tokenizer.special[name] for name in names], [0.0] * len(names)
+    for piece in document(scene, random.Random(f"text/{config.seed}/{index}")):
+        ids = tokenizer.encode(piece.text)
+        tokens += ids
+        weights += [config.answer_weight if piece.answer else 1.0] * len(ids)
+    return (
+        [*tokens, tokenizer.special[END_OF_TEXT]],
+        [*weights, 1.0],
+        tiles(draw(scene), image.tile_size, config.max_tiles)[0],
+    )
+
+
+def slow_batch(dataset: Dataset, config, image, n: int, first_scene: int):
+    B, S, M = config.batch_size, config.sequence_length, config.tiles_per_row
+    rows = []
+    for b in range(B):
+        row = {name: [] for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions", "source_ids")}
+        row["image_tiles"], row["image_positions"] = [], []
+        for segment, (source, number) in enumerate(dataset.row_documents(n * B + b), start=1):
+            if source == "scenes":
+                tokens, weights, picture = slow_scene(dataset, config, image, first_scene + number)
+                patches = [
+                    i + len(row["tokens"]) for i, t in enumerate(tokens) if t == dataset.tokenizer.special[PATCH]
+                ]
+                row["image_tiles"] += list(picture)
+                row["image_positions"] += np.array(patches).reshape(len(picture), -1).tolist()
+            else:
+                tokens = next(s for s in dataset._sources if s.name == "text").document(number).tokens_S.tolist()
+                weights = [0.0] + [1.0] * (len(tokens) - 1)
+            for i, token in enumerate(tokens):
+                weight = weights[i + 1] if i + 1 < len(tokens) else 0.0
+                row["tokens"].append(token)
+                row["targets"].append(tokens[i + 1] if weight else 0)
+                row["loss_weights"].append(weight)
+                row["segment_ids"].append(segment)
+                row["positions"].append(i)
+                row["source_ids"].append(1 + sorted(config.mixture).index(source))
+        while len(row["tokens"]) < S:
+            row["tokens"].append(dataset.tokenizer.special[PAD])
+            for name in ("targets", "loss_weights", "segment_ids", "positions", "source_ids"):
+                row[name].append(0)
+        while len(row["image_tiles"]) < M:
+            row["image_tiles"].append(np.zeros((image.tile_size, image.tile_size, 3)))
+            row["image_positions"].append([-1] * image.tokens_per_tile)
+        rows.append(row)
+    kinds = {"loss_weights": np.float32, "image_tiles": np.uint8}
+    return {name: np.array([row[name] for row in rows], kinds.get(name, np.int32)) for name in rows[0]}
+
+
+@pytest.mark.parametrize("n", [0, 1, 17, 10**6])
+def test_a_batch_is_what_a_slow_derivation_gives(dataset, config, image, n):
+    assert_equal(dataset.batch(n), slow_batch(dataset, config, image, n, 0))
+
+
+def test_held_out_batches_too_and_answers_weigh_as_configured(config, image):
+    heavy = dataclasses.replace(config, answer_weight=2.5)
+    dataset = build_dataset(heavy, image, "heldout")
+    batch = dataset.batch(3)
+    assert_equal(batch, slow_batch(dataset, heavy, image, 3, HELD_OUT_START))
+    assert set(np.unique(batch["loss_weights"])) == {0, 1, 2.5}
+
+
+def test_image_positions_point_at_every_patch_token(dataset):
+    for n in range(5):
+        batch = dataset.batch(n)
+        for b in range(len(batch["tokens"])):
+            positions = batch["image_positions"][b]
+            used = positions[positions >= 0]
+            patches = np.flatnonzero(batch["tokens"][b] == dataset.tokenizer.special[PATCH])
+            np.testing.assert_array_equal(used, patches)
+            assert ((positions >= 0).all(axis=1) | (positions < 0).all(axis=1)).all()
+
+
+def test_no_target_is_an_image_token_and_none_crosses_a_segment(dataset):
+    special = [dataset.tokenizer.special[name] for name in (*IMAGE_TOKENS, BEGIN_OF_TEXT, PAD)]
+    for n in range(5):
+        batch = dataset.batch(n)
+        weighted = batch["loss_weights"] > 0
+        assert not np.isin(batch["targets"][weighted], special).any()
+        assert (batch["targets"][~weighted] == 0).all()
+        last = batch["segment_ids"] != np.roll(batch["segment_ids"], -1, axis=1)
+        last[:, -1] = True
+        assert (batch["loss_weights"][last] == 0).all()
+
+
+def test_training_text_names_no_novel_combination(dataset):
+    for n in range(40):
+        text = dataset.tokenizer.decode(dataset.batch(n)["tokens"].ravel())
+        assert not [pair for pair in NOVEL if " ".join(pair) in text]
+
+
+def test_text_bytes_are_those_of_the_documents(dataset, config):
+    """All of a document is predicted but its first token, which is no text."""
+    text = next(source for source in dataset._sources if source.name == "text")
+    total = 0
+    for n in range(8):
+        rows = [dataset.row_documents(n * config.batch_size + b) for b in range(config.batch_size)]
+        documents = [text.document(number) for row in rows for source, number in row if source == "text"]
+        expected = sum(len(dataset.tokenizer.decode(document.tokens_S).encode()) for document in documents)
+        assert dataset.target_bytes(dataset.batch(n)) == expected
+        total += expected
+    assert total > 0
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_the_same_whatever_the_workers_and_the_start(scenes_only, workers):
+    config = dataclasses.replace(scenes_only.config, workers=workers, prefetch=2)
+    dataset = build_dataset(config, scenes_only.image, "train")
+    with dataset.batches(5, 12) as batches:
+        got = list(batches)
+    assert len(got) == 7
+    for n, batch in enumerate(got, start=5):
+        assert_equal(batch, scenes_only.batch(n))
+        assert all(array.flags.owndata for array in batch.values())
+
+
+def test_an_empty_range_gives_nothing(scenes_only):
+    with scenes_only.batches(5, 5) as batches:
+        assert list(batches) == []
+
+
+def test_pickling_keeps_the_batches(dataset):
+    assert_equal(pickle.loads(pickle.dumps(dataset)).batch(4), dataset.batch(4))
+
+
+def test_the_digest_changes_with_what_the_batches_depend_on(scenes_only):
+    config, image = scenes_only.config, scenes_only.image
+    others = [
+        build_dataset(dataclasses.replace(config, **change), image, "train").digest
+        for change in ({"seed": 1}, {"batch_size": 4}, {"window": 16}, {"scenes": 99}, {"sequence_length": 600})
+    ]
+    assert len({scenes_only.digest, *others}) == 6
+    same = dataclasses.replace(config, workers=3, prefetch=9)
+    assert build_dataset(same, image, "train").digest == scenes_only.digest
+
+
+def test_text_alone_needs_no_images(config):
+    text = dataclasses.replace(config, mixture={"text": 1.0}, tokenizer="bytes")
+    batch = build_dataset(text, None, "heldout").batch(0)
+    assert "image_tiles" not in batch
+    assert set(np.unique(batch["source_ids"])) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sequence_length": 60}, r"data\.sequence_length: found 60, expected at least \d+ for the longest scene"),
+        ({"tiles_per_row": 2}, r"data\.tiles_per_row: found 2, expected at least 3"),
+    ],
+)
+def test_a_scene_that_does_not_fit_a_row_is_refused(scenes_only, change, message):
+    with pytest.raises(UserError, match=message):
+        build_dataset(dataclasses.replace(scenes_only.config, **change), scenes_only.image, "train")
+
+
+def test_scenes_without_an_image_encoder_are_refused(scenes_only):
+    with pytest.raises(UserError, match=r"data\.mixture\.scenes"):
+        build_dataset(scenes_only.config, None, "train")
+
+
+def test_nothing_here_imports_jax_until_batches_are_iterated():
+    code = "import sys, data.pipeline, data.questions; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
