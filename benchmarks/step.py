@@ -1,0 +1,67 @@
+"""One training step of a config on this machine: time, tokens per second, page faults, and where the time goes.
+
+    python -m benchmarks.step [--config configs/tiny.py] [--steps 10] [--no-allocator]
+
+`--no-allocator` leaves glibc's allocator as it is (see `launch.environment.keep_freed_memory`).
+"""
+
+import argparse
+import os
+import resource
+import time
+from pathlib import Path
+
+from launch import environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/tiny.py")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--no-allocator", action="store_true")
+    options = parser.parse_args()
+    if options.no_allocator:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    else:
+        environment.prepare(verbose=False)
+    measure(options.config, options.steps)
+
+
+def measure(config: str, steps: int) -> None:
+    import jax
+
+    from data.pipeline import build_dataset
+    from launch.config_file import load_run
+    from trainer.flops import flops_per_token
+    from trainer.objective import next_token_objective
+    from trainer.step import Skeleton, init_state, make_train_step
+
+    run = load_run(config, {})
+    dataset = build_dataset(run.data, run.image_spec, "train")
+    batch = jax.device_put(dataset.batch(0))
+    objective = next_token_objective(run.objective, len(dataset.source_names))
+    state = jax.jit(lambda: init_state(run))()
+    start = time.perf_counter()
+    step = jax.jit(make_train_step(run, Skeleton(run.model), objective), donate_argnums=0).lower(state, batch).compile()
+    print(f"{Path(config).name} on {jax.devices()[0].device_kind}: compiled in {time.perf_counter() - start:.1f} s")
+    state, sums = jax.block_until_ready(step(state, batch))
+    before, wall = resource.getrusage(resource.RUSAGE_SELF), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        state, sums = jax.block_until_ready(step(state, batch))
+        wall.append(time.perf_counter() - start)
+    after, middle = resource.getrusage(resource.RUSAGE_SELF), sorted(wall)[len(wall) // 2]
+    tokens = float(sums["tokens"])
+    flops = flops_per_token(run.model, run.data.sequence_length).training_step(tokens, float(sums["tiles"]))
+    print(f"step          {1e3 * middle:8.0f} ms (median of {steps}; least {1e3 * min(wall):.0f})")
+    print(f"tokens        {tokens / middle:8.0f} a second, {flops / middle / 1e9:.0f} GFLOP/s")
+    print(
+        f"user / system {1e3 * (after.ru_utime - before.ru_utime) / steps:8.0f} / "
+        f"{1e3 * (after.ru_stime - before.ru_stime) / steps:.0f} ms of processor time a step"
+    )
+    print(f"page faults   {(after.ru_minflt - before.ru_minflt) / steps:8.0f} a step")
+    print(f"peak memory   {after.ru_maxrss / 2**20:8.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Feed-forward layers: the dense SwiGLU, and the mixture of experts with a shared expert.
+
+Letters: T tokens, D width, F ffn width, E experts, A assignments = T x top-k, sorted by expert.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.config import ModelConfig
+from model.grouped_ffn import grouped_ffn
+from model.layers import at_least_float32, matrix
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)): gate and up [D,F], down [F,D]; no biases."""
+
+    def __init__(self, config: ModelConfig, size: int, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.gate = matrix(rngs, (D, size), D, config)
+        self.up = matrix(rngs, (D, size), D, config)
+        self.down = matrix(rngs, (size, D), size, config)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights: gate and up [E,D,F], down [E,F,D]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        E, D, F = config.num_experts, config.hidden_size, config.expert_ffn_size
+        self.gate = matrix(rngs, (E, D, F), D, config)
+        self.up = matrix(rngs, (E, D, F), D, config)
+        self.down = matrix(rngs, (E, F, D), F, config)
+
+
+class RouterBias(nnx.Variable):
+    """Bias of the expert selection; moved by the training step after each batch, not by a gradient."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+    """Sums over the tokens of a micro-batch, padding aside. Returned as values, so that no loss term can get lost."""
+
+    assignments_E: jax.Array
+    """Assignments to each expert (tokens x top-k in all)."""
+    probability_E: jax.Array
+    """Sum over tokens of softmax(router logits)."""
+    z: jax.Array
+    """Sum over tokens of logsumexp(router logits)^2."""
+    tokens: jax.Array
+    """Number of tokens."""
+    logits_TE: jax.Array | None = None
+    """Raw router logits, kept only when the forward pass is asked to capture them."""
+
+
+def router_stats(logits_TE: jax.Array, choice_TK: jax.Array, real_T: jax.Array) -> RouterStats:
+    """Statistics for the balance terms; `choice_TK` the experts chosen, `real_T` false at padding."""
+    E = logits_TE.shape[1]
+    weight_T = real_T.astype(logits_TE.dtype)
+    counts_E = jnp.sum(jax.nn.one_hot(choice_TK, E, dtype=logits_TE.dtype) * weight_T[:, None, None], axis=(0, 1))
+    probability_E = jnp.sum(jax.nn.softmax(logits_TE, axis=-1) * weight_T[:, None], axis=0)
+    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1)) * weight_T)
+    return RouterStats(jax.lax.stop_gradient(counts_E), probability_E, z, jnp.sum(weight_T))
+
+
+# Dispatch copies token rows into expert order, combine sums them back. Each is the other's transpose, and both are
+# gathers: written out, since the automatic gradient of a gather is a scatter-add, which is slow on every platform.
+
+
+@jax.custom_vjp
+def dispatch(x_TD: jax.Array, order_A: jax.Array, inverse_TK: jax.Array) -> jax.Array:
+    """Row a of the result is the token of assignment `order_A[a]` (assignment i belongs to token i // top-k)."""
+    return x_TD[order_A // inverse_TK.shape[1]]
+
+
+@jax.custom_vjp
+def combine(y_AD: jax.Array, order_A: jax.Array, inverse_TK: jax.Array) -> jax.Array:
+    """Row t of the result is the sum of token t's assignments, which stand at rows `inverse_TK[t]`."""
+    return jnp.sum(y_AD[inverse_TK], axis=1)
+
+
+dispatch.defvjp(
+    lambda x, order, inverse: (dispatch(x, order, inverse), (order, inverse)),
+    lambda saved, dy: (combine(dy, *saved), None, None),
+)
+combine.defvjp(
+    lambda y, order, inverse: (combine(y, order, inverse), (order, inverse)),
+    lambda saved, dx: (dispatch(dx, *saved), None, None),
+)
+
+
+def route(logits_TE: jax.Array, top_k: int, real_T: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token and their scores, both [T, K].
+
+    The score is the sigmoid of the raw logit, neither softmax nor renormalised. With a bias, experts are chosen by
+    sigmoid + bias (arXiv 2408.15664), and the score stays free of it. Padding goes to no expert: its choice is E.
+    """
+    E = logits_TE.shape[1]
+    selection = logits_TE if bias_E is None else jax.nn.sigmoid(logits_TE) + bias_E
+    _, choice_TK = jax.lax.top_k(jax.lax.stop_gradient(selection), top_k)
+    score_TK = jax.nn.sigmoid(jnp.take_along_axis(logits_TE, choice_TK, axis=1))
+    return jnp.where(real_T[:, None], choice_TK, E), score_TK
+
+
+class MoE(nnx.Module):
+    """shared(x) + sum over the top-k experts e of expert_e(sigmoid(router(x)_e) x). Dropless.
+
+    The score multiplies the expert's input: since SwiGLU is not linear, that is not a weight on its output.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.router = matrix(rngs, (config.hidden_size, config.num_experts), config.hidden_size, config)
+        if config.router_bias_rate:
+            self.router_bias = RouterBias(jnp.zeros(config.num_experts, jnp.float32))
+        self.experts = Experts(config, rngs)
+        self.shared = SwiGLU(config, config.expert_ffn_size, rngs)
+
+    def __call__(self, x_TD: jax.Array, real_T: jax.Array, capture: bool = False) -> tuple[jax.Array, RouterStats]:
+        config = self.config
+        wide = at_least_float32(x_TD)
+        logits_TE = wide @ self.router[...].astype(wide.dtype)
+        bias_E = self.router_bias[...] if config.router_bias_rate else None
+        choice_TK, score_TK = route(logits_TE, config.experts_per_token, real_T, bias_E)
+        routed_TD = self.routed(x_TD, choice_TK, score_TK.astype(x_TD.dtype))
+        stats = router_stats(logits_TE, choice_TK, real_T)
+        if capture:
+            stats = dataclasses.replace(stats, logits_TE=logits_TE)
+        return self.shared(x_TD) + routed_TD, stats
+
+    def routed(self, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array) -> jax.Array:
+        """Sum of the chosen experts on the scaled tokens: sort by expert, grouped SwiGLU, unsort."""
+        T, K = choice_TK.shape
+        order_A = jnp.argsort(choice_TK.reshape(-1), stable=True)
+        inverse_TK = jnp.zeros(T * K, order_A.dtype).at[order_A].set(jnp.arange(T * K), unique_indices=True)
+        inverse_TK = inverse_TK.reshape(T, K)
+        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=self.config.num_experts).astype(jnp.int32)
+        experts, dtype = self.experts, x_TD.dtype
+        gate, up, down = (w[...].astype(dtype) for w in (experts.gate, experts.up, experts.down))
+        rows_AD = dispatch(x_TD, order_A, inverse_TK) * score_TK.reshape(-1)[order_A][:, None]
+        kernel = grouped_ffn(self.config.expert_kernel)
+        return combine(kernel(rows_AD, gate, up, down, sizes_E), order_A, inverse_TK)
