@@ -1,0 +1,79 @@
+"""Every kernel of the experts against one dense product per expert, in float64, group by group."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import grouped_ffn
+from model.grouped_ffn import BLOCK_ROWS
+
+E, D, F = 4, 6, 10
+SIZES = {
+    "empty groups": (0, 5, 0, 3),
+    "all rows to one": (0, 0, 3 * BLOCK_ROWS + 1, 0),
+    "exact blocks": (BLOCK_ROWS, 2 * BLOCK_ROWS, 0, BLOCK_ROWS),
+    "one row each": (1, 1, 1, 1),
+    "skewed": (BLOCK_ROWS + 7, 2, 3 * BLOCK_ROWS - 1, 0),
+    "no rows": (0, 0, 0, 0),
+}
+UNUSED = 9
+"""Rows after the last group: padding, which goes to no expert."""
+
+
+def reference(x, gate, up, down, sizes):
+    """One expert after the other."""
+    ends = np.cumsum(sizes)
+    parts = [
+        (jax.nn.silu(rows @ gate[e]) * (rows @ up[e])) @ down[e]
+        for e, rows in enumerate(x[end - size : end] for end, size in zip(ends, sizes, strict=True))
+    ]
+    return jnp.concatenate([*parts, jnp.zeros((x.shape[0] - ends[-1], D), x.dtype)])
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize("case", SIZES)
+def test_values_and_gradients_equal_one_dense_product_per_expert(kernel: str, case: str) -> None:
+    sizes = np.array(SIZES[case], np.int32)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = ((sizes.sum() + UNUSED, D), (E, D, F), (E, D, F), (E, F, D))
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        weight = jnp.asarray(rng.normal(size=shapes[0]))
+
+        def loss(function, groups, *arrays):
+            y = function(*arrays, groups)
+            return jnp.sum(y * weight), y
+
+        def run(function, groups):
+            return jax.value_and_grad(lambda *a: loss(function, groups, *a), argnums=(0, 1, 2, 3), has_aux=True)(
+                *arrays
+            )
+
+        (_, y), gradients = jax.jit(lambda groups: run(grouped_ffn.grouped_ffn(kernel), groups))(jnp.asarray(sizes))
+        (_, expected_y), expected = run(reference, sizes)
+    np.testing.assert_allclose(y, expected_y, rtol=1e-12, atol=1e-12)
+    for name, got, want in zip(("x", "gate", "up", "down"), gradients, expected, strict=True):
+        # Each expert by itself: an error in a small group must not hide behind a large one.
+        groups = zip(got, want, strict=True) if name != "x" else [(got, want)]
+        for e, (g, w) in enumerate(groups):
+            np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-11, err_msg=f"{name}, expert {e}")
+
+
+def test_auto_picks_by_the_platform_of_the_devices_and_a_choice_stands() -> None:
+    chosen = [grouped_ffn.kernel_for(platform, "auto") for platform in ("cpu", "gpu", "tpu")]
+    assert chosen == ["blocks", "tokamax", "ragged_dot"]
+    assert grouped_ffn.kernel_for("gpu", "ragged_dot") == "ragged_dot"
+
+
+def test_the_cpu_kernel_does_not_multiply_by_every_expert() -> None:
+    """Work and memory do not grow with the number of experts, as they do where rows are masked per expert."""
+
+    def temporaries(experts: int) -> int:
+        shapes = [(512, 64), (experts, 64, 64), (experts, 64, 64), (experts, 64, 64)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+        compiled = jax.jit(grouped_ffn.blocks_ffn).lower(*arrays, sizes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes  # pyright: ignore
+
+    assert temporaries(64) < 1.5 * temporaries(4)

@@ -1,0 +1,480 @@
+"""The comparison with the oracle notices when the model or the objective is broken: each mutation must be caught.
+
+A mutation replaces one function of the shipped code by a plausible mistake. The unbroken code passes the same
+comparison, so a mutation that is not caught means that a feature is not tested.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import attention, moe, transformer, vision
+from model.config import ModelConfig
+from tests import oracle, oracle_cases
+from tests.oracle_cases import (
+    TINY,
+    VISION,
+    assert_same_gradient,
+    assert_same_values,
+    expected,
+    random_batch,
+    random_bias,
+    random_params,
+    shipped,
+)
+from trainer import objective, step
+
+TOLERANCE = 1e-10
+SEED = 4
+
+Patch = pytest.MonkeyPatch
+
+SMALL = dataclasses.replace(
+    TINY,
+    num_layers=2,
+    moe_layer_step=1,
+    nope_layer_step=2,
+    experts_per_token=2,
+    dtype="float64",
+    param_dtype="float64",
+)
+
+BASES: dict[str, tuple[ModelConfig, int]] = {
+    "text": (SMALL, 1),
+    "two micro-batches": (SMALL, 2),
+    "router bias": (dataclasses.replace(SMALL, router_bias_rate=0.1), 1),
+    "images": (dataclasses.replace(SMALL, vision=VISION), 1),
+}
+"""Model and micro-batches that the mutations are made in."""
+
+
+@functools.cache
+def prepared(base: str) -> tuple[Any, ...]:
+    """Weights, biases and batch of a base, and the oracle's answers."""
+    config, micro_batches = BASES[base]
+    with jax.enable_x64(True):
+        params, bias = oracle.as_float64(random_params(config, SEED)), random_bias(config, SEED)
+    batch = random_batch(config, SEED, tiles=5)
+    if config.vision:
+        used = (batch["image_positions"] >= 0).all(axis=2)
+        assert used.sum() > 2, "several images"
+        assert used.all(axis=-1).sum() == 0, "an unused slot in each row"
+    return params, bias, batch, expected(config, params, bias, batch, micro_batches)
+
+
+def compare(base: str, with_gradient: bool) -> None:
+    """The comparison of `test_against_oracle.py`, on the code as it is now."""
+    config, micro_batches = BASES[base]
+    params, bias, batch, (total, parts, expected_gradient) = prepared(base)
+    with jax.enable_x64(True):
+        run = shipped(config, micro_batches, with_gradient)
+        loss, sums, *gradient = jax.device_get(run(params, bias, batch))
+    assert_same_values(sums, loss, parts, total, TOLERANCE)
+    if with_gradient:
+        assert_same_gradient(gradient[0], expected_gradient, TOLERANCE)
+
+
+@pytest.mark.parametrize(("base", "with_gradient"), [(base, base == "text") for base in BASES])
+def test_unbroken_code_agrees_with_the_oracle(base: str, with_gradient: bool) -> None:
+    compare(base, with_gradient)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def mask_with(condition: Callable[..., jax.Array]) -> Callable[[Patch], None]:
+    """Replaces the mask by causal and `condition(segments and positions of query and key, their indices, chunk)`."""
+
+    def allowed(layout: Any, queries: slice, keys: slice, chunk: int | None) -> jax.Array:
+        segment, position = layout.segment_ids_BS, layout.positions_BS
+        index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
+        pairs = [(a[:, queries, None], a[:, None, keys]) for a in (segment, position, index)]
+        return (pairs[2][0] >= pairs[2][1]) & condition(*pairs, chunk)
+
+    return lambda patch: patch.setattr(attention, "allowed", allowed)
+
+
+def same(pair: tuple[jax.Array, jax.Array], divisor: int | None = 1) -> jax.Array:
+    return pair[0] // divisor == pair[1] // divisor if divisor else jnp.ones_like(pair[0] == pair[1])
+
+
+leak_across_segments = mask_with(lambda segment, position, index, chunk: same(position, chunk))
+chunk_from_the_rows_start = mask_with(lambda segment, position, index, chunk: same(segment) & same(index, chunk))
+sliding_window = mask_with(
+    lambda segment, position, index, chunk: same(segment) & (position[0] - position[1] < (chunk or 999))
+)
+no_chunks = mask_with(lambda segment, position, index, chunk: same(segment))
+
+
+def half_split(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def half_split_rope(patch: Patch) -> None:
+    patch.setattr(attention, "rotate_pairs", half_split)
+
+
+def rope_scaled_to_unit_norm(patch: Patch) -> None:
+    patch.setattr(attention, "rms_normalize", lambda x, eps: x / jnp.linalg.norm(x, axis=-1, keepdims=True))
+
+
+def no_qk_norm(patch: Patch) -> None:
+    patch.setattr(attention, "rms_normalize", lambda x, eps: x)
+
+
+def around_attention(change: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[[Patch], None]:
+    """Replaces queries and keys by `change(q, k, layout, chunk)` just before they meet."""
+    original = attention.packed_attention
+
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, layout: Any, chunk: int | None) -> jax.Array:
+        return original(*change(q, k, layout, chunk), v, layout, chunk)
+
+    return lambda patch: patch.setattr(attention, "packed_attention", packed)
+
+
+@around_attention
+def qk_norm_on_nope_layers(q: jax.Array, k: jax.Array, layout: Any, chunk: int | None) -> tuple[jax.Array, jax.Array]:
+    return (q, k) if chunk else (attention.rms_normalize(q, 1e-5), attention.rms_normalize(k, 1e-5))
+
+
+@around_attention
+def temperature_on_rope_layers(
+    q: jax.Array, k: jax.Array, layout: Any, chunk: int | None
+) -> tuple[jax.Array, jax.Array]:
+    return (q * attention.temperature(layout.positions_BS, SMALL)[..., None, None] if chunk else q), k
+
+
+def temperature_with(factor: Callable[[jax.Array, ModelConfig], jax.Array]) -> Callable[[Patch], None]:
+    def temperature(positions: jax.Array, config: ModelConfig) -> jax.Array:
+        return 1 + config.temperature_scale * factor(positions, config)
+
+    return lambda patch: patch.setattr(attention, "temperature", temperature)
+
+
+no_temperature = temperature_with(lambda p, c: jnp.zeros(p.shape))
+temperature_from_zero = temperature_with(lambda p, c: jnp.log1p(jnp.floor(p / c.temperature_floor)))
+temperature_without_floor = temperature_with(lambda p, c: jnp.log1p((p + 1) / c.temperature_floor))
+temperature_from_the_rows_start = temperature_with(
+    lambda p, c: jnp.log1p(jnp.floor((jnp.arange(p.shape[1]) + 1) / c.temperature_floor))[None] + 0.0 * p
+)
+
+
+def interleaved_query_groups(patch: Patch) -> None:
+    original = attention.attend
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        by_group = np.argsort(np.arange(q.shape[2]) % k.shape[2], kind="stable")
+        return original(q[:, :, by_group], k, v, mask)[:, :, np.argsort(by_group)]
+
+    patch.setattr(attention, "attend", attend)
+
+
+# ---------------------------------------------------------------------------------------------- feed-forward and router
+
+
+def score_on_the_expert_output(patch: Patch) -> None:
+    original = moe.MoE.routed
+
+    def routed(self: Any, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array) -> jax.Array:
+        each = range(choice_TK.shape[1])
+        one = jnp.ones_like(score_TK[:, :1])
+        parts = [score_TK[:, i : i + 1] * original(self, x_TD, choice_TK[:, i : i + 1], one) for i in each]
+        return jnp.sum(jnp.stack(parts), axis=0)
+
+    patch.setattr(moe.MoE, "routed", routed)
+
+
+def route_with(score: Callable[..., jax.Array]) -> Callable[[Patch], None]:
+    """Replaces the scores [T,K] by `score(all logits, logits of the chosen, bias of the chosen)`."""
+    original = moe.route
+
+    def route(logits: jax.Array, top_k: int, real: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        choice, _ = original(logits, top_k, real, bias)
+        inside = jnp.minimum(choice, logits.shape[1] - 1)
+        chosen = jnp.take_along_axis(logits, inside, axis=1)
+        return choice, score(logits, chosen, 0 if bias is None else bias[inside])
+
+    return lambda patch: patch.setattr(moe, "route", route)
+
+
+softmax_scores = route_with(
+    lambda logits, chosen, bias: jnp.exp(chosen - jax.nn.logsumexp(logits, axis=1, keepdims=True))
+)
+renormalised_scores = route_with(
+    lambda logits, chosen, bias: jax.nn.sigmoid(chosen) / jnp.sum(jax.nn.sigmoid(chosen), axis=1, keepdims=True)
+)
+bias_in_the_score = route_with(lambda logits, chosen, bias: jax.nn.sigmoid(chosen) + bias)
+scores_without_gradient = route_with(lambda logits, chosen, bias: jax.lax.stop_gradient(jax.nn.sigmoid(chosen)))
+
+
+def bias_ignored(patch: Patch) -> None:
+    original = moe.route
+    patch.setattr(moe, "route", lambda logits, top_k, real, bias: original(logits, top_k, real, None))
+
+
+def padding_counted_in_the_balance(patch: Patch) -> None:
+    original = moe.router_stats
+    patch.setattr(moe, "router_stats", lambda logits, choice, real: original(logits, choice, jnp.ones_like(real)))
+
+
+def tokens_over_capacity_dropped(patch: Patch) -> None:
+    original = moe.grouped_ffn
+
+    def dropping(name: str) -> Callable[..., jax.Array]:
+        def kernel(x_AD: jax.Array, *weights_and_sizes: jax.Array) -> jax.Array:
+            sizes_E = weights_and_sizes[-1]
+            ends_E, row = jnp.cumsum(sizes_E), jnp.arange(x_AD.shape[0])
+            expert = jnp.minimum(jnp.searchsorted(ends_E, row, side="right"), len(sizes_E) - 1)
+            kept = row - (ends_E - sizes_E)[expert] < 1.25 * x_AD.shape[0] / len(sizes_E)
+            return jnp.where(kept[:, None], original(name)(x_AD, *weights_and_sizes), 0)
+
+        return kernel
+
+    patch.setattr(moe, "grouped_ffn", dropping)
+
+
+def gate_and_up_swapped(patch: Patch) -> None:
+    def call(self: Any, x: jax.Array) -> jax.Array:
+        return (jax.nn.silu(x @ self.up[...]) * (x @ self.gate[...])) @ self.down[...]
+
+    patch.setattr(moe.SwiGLU, "__call__", call)
+
+
+def no_shared_expert(patch: Patch) -> None:
+    patch.setattr(moe.SwiGLU, "__call__", lambda self, x: jnp.zeros_like(x))
+
+
+def norm_weight_plus_one(patch: Patch) -> None:
+    original = transformer.rms_norm
+    patch.setattr(
+        transformer, "rms_norm", lambda x, scale, eps: original(x, scale, eps) + original(x, 1 + 0 * scale, eps)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ objective
+
+
+def dropped(term: str) -> Callable[[Patch], None]:
+    """The term is reported, but not in what is minimised."""
+    original = objective.next_token_objective
+
+    def build(config: Any, sources: int) -> Any:
+        return original(dataclasses.replace(config, **{f"{term}_coef": 0.0}), sources)
+
+    return lambda patch: patch.setattr(oracle_cases, "next_token_objective", build)
+
+
+def without_gradient(term: str) -> Callable[[Patch], None]:
+    """The term is in the loss, and teaches nothing."""
+    original = getattr(objective, term)
+    return lambda patch: patch.setattr(objective, term, lambda *stats: jax.lax.stop_gradient(original(*stats)))
+
+
+def top_k_not_divided_out(patch: Patch) -> None:
+    original = objective.load_balance
+    patch.setattr(objective, "load_balance", lambda stats, top_k: original(stats, 1))
+
+
+def objective_sees(change: Callable[..., tuple[Any, Any]]) -> Callable[[Patch], None]:
+    """Replaces the batch and extras that the objective reads by `change(batch, extras)`."""
+    original = objective.next_token_objective
+
+    def build(config: Any, sources: int) -> Any:
+        unbroken = original(config, sources)
+        return lambda model, batch, extras: unbroken(model, *change(batch, extras))
+
+    return lambda patch: patch.setattr(oracle_cases, "next_token_objective", build)
+
+
+loss_weights_ignored = objective_sees(
+    lambda batch, extras: (batch | {"loss_weights": (batch["loss_weights"] > 0).astype(jnp.float32)}, extras)
+)
+targets_not_shifted = objective_sees(lambda batch, extras: (batch | {"targets": batch["tokens"]}, extras))
+mean_of_each_micro_batch = objective_sees(
+    lambda batch, extras: (batch, dataclasses.replace(extras, weight_total=2 * jnp.sum(batch["loss_weights"])))
+)
+balance_summed_over_micro_batches = objective_sees(
+    lambda batch, extras: (batch, dataclasses.replace(extras, micro_batches=1))
+)
+
+
+def loss_over_tokens_instead_of_weights(patch: Patch) -> None:
+    original = step.extras_for
+
+    def extras(batch: Any, micro_batches: int) -> Any:
+        return dataclasses.replace(original(batch, micro_batches), weight_total=jnp.sum(batch["loss_weights"] > 0))
+
+    patch.setattr(step, "extras_for", extras)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def slots_at(change: Callable[[jax.Array], jax.Array]) -> Callable[[Patch], None]:
+    """Replaces the image positions by `change(positions)`."""
+    original = transformer.Transformer.embed_batch
+
+    def embed_batch(self: Any, batch: Any, features: Any) -> jax.Array:
+        return original(self, {**batch, "image_positions": change(batch["image_positions"])}, features)
+
+    return lambda patch: patch.setattr(transformer.Transformer, "embed_batch", embed_batch)
+
+
+image_slots_shifted_by_one = slots_at(lambda positions: jnp.where(positions < 0, -1, positions + 1))
+unused_slot_overwrites_a_token = slots_at(lambda positions: jnp.maximum(positions, 0))
+
+
+def features_of_the_next_tile(patch: Patch) -> None:
+    original = transformer.encode_used_tiles
+    patch.setattr(transformer, "encode_used_tiles", lambda *arguments: jnp.roll(original(*arguments), 1, axis=0))
+
+
+def vision_rope_with(first: int, swapped: bool) -> Callable[[Patch], None]:
+    def rope(config: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        n, axis_dim = config.patches_per_side, config.hidden_size // config.num_heads // 2
+        speeds = config.rope_theta ** (-np.arange(0, axis_dim, 2) / axis_dim)
+        rows, columns = np.divmod(np.arange(n * n), n) + np.array(first)
+        axes = (rows, columns) if swapped else (columns, rows)
+        angles = np.concatenate([np.outer(axis, speeds) for axis in axes], axis=1)
+        angles = np.concatenate([angles, np.zeros((1, angles.shape[1]))])[:, None]
+        return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+
+    return lambda patch: patch.setattr(vision, "vision_rope", rope)
+
+
+vision_positions_from_zero = vision_rope_with(first=0, swapped=False)
+vision_axes_swapped = vision_rope_with(first=1, swapped=True)
+
+
+def vision_half_split_rope(patch: Patch) -> None:
+    patch.setattr(vision, "rotate_pairs", half_split)
+
+
+def tanh_gelu(patch: Patch) -> None:
+    original = jax.nn.gelu
+    patch.setattr(jax.nn, "gelu", lambda x, approximate: original(x, approximate=True))
+
+
+def no_gelu_after_the_adapter(patch: Patch) -> None:
+    def call(self: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.gelu(x @ self.fc1[...], approximate=False) @ self.fc2[...]
+
+    patch.setattr(vision.Adapter, "__call__", call)
+
+
+def pixel_shuffle_by_columns(patch: Patch) -> None:
+    def shuffle(x: jax.Array, r: int) -> jax.Array:
+        M, P, W = x.shape
+        n = round(P**0.5) // r
+        return x.reshape(M, n, r, n, r, W).transpose(0, 1, 3, 4, 2, 5).reshape(M, n * n, W * r * r)
+
+    patch.setattr(vision, "pixel_shuffle", shuffle)
+
+
+def channels_last_patches(patch: Patch) -> None:
+    def patchify(tiles: jax.Array, size: int) -> jax.Array:
+        M, side, _, channels = tiles.shape
+        n = side // size
+        return tiles.reshape(M, n, size, n, size, channels).transpose(0, 1, 3, 2, 4, 5).reshape(M, n * n, -1)
+
+    patch.setattr(vision, "patchify", patchify)
+
+
+def pixels_from_zero_to_one(patch: Patch) -> None:
+    patch.setattr(vision, "normalize_tiles", lambda tiles, dtype: tiles.astype(dtype) / 255)
+
+
+# ------------------------------------------------------------------------------------------------------------- the test
+
+
+class Mutation(NamedTuple):
+    base: str
+    apply: Callable[[Patch], None]
+    gradient: bool = False
+    """Only the gradient shows it."""
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "a leak across segments": Mutation("text", leak_across_segments),
+    "chunks counted from the row's start": Mutation("text", chunk_from_the_rows_start),
+    "a sliding window instead of chunks": Mutation("text", sliding_window),
+    "no chunks": Mutation("text", no_chunks),
+    "half-split RoPE": Mutation("text", half_split_rope),
+    "queries and keys of norm 1": Mutation("text", rope_scaled_to_unit_norm),
+    "no qk-norm": Mutation("text", no_qk_norm),
+    "qk-norm on NoPE layers": Mutation("text", qk_norm_on_nope_layers),
+    "temperature on RoPE layers": Mutation("text", temperature_on_rope_layers),
+    "no temperature": Mutation("text", no_temperature),
+    "temperature from position 0": Mutation("text", temperature_from_zero),
+    "temperature without the floor": Mutation("text", temperature_without_floor),
+    "temperature from the row's start": Mutation("text", temperature_from_the_rows_start),
+    "interleaved query groups": Mutation("text", interleaved_query_groups),
+    "the score on the expert's output": Mutation("text", score_on_the_expert_output),
+    "softmax scores": Mutation("text", softmax_scores),
+    "renormalised scores": Mutation("text", renormalised_scores),
+    "scores without gradient": Mutation("text", scores_without_gradient, gradient=True),
+    "the bias in the score": Mutation("router bias", bias_in_the_score),
+    "the bias ignored": Mutation("router bias", bias_ignored),
+    "padding counted in the balance": Mutation("text", padding_counted_in_the_balance),
+    "tokens over capacity dropped": Mutation("text", tokens_over_capacity_dropped),
+    "gate and up swapped": Mutation("text", gate_and_up_swapped),
+    "no shared expert": Mutation("text", no_shared_expert),
+    "norms that add one to the weight": Mutation("text", norm_weight_plus_one),
+    "load balance reported only": Mutation("text", dropped("load_balance")),
+    "z-loss reported only": Mutation("text", dropped("router_z")),
+    "load balance without gradient": Mutation("text", without_gradient("load_balance"), gradient=True),
+    "z-loss without gradient": Mutation("text", without_gradient("router_z"), gradient=True),
+    "load balance not divided by top-k": Mutation("text", top_k_not_divided_out),
+    "loss weights ignored": Mutation("text", loss_weights_ignored),
+    "targets not shifted": Mutation("text", targets_not_shifted),
+    "the loss divided by tokens": Mutation("text", loss_over_tokens_instead_of_weights),
+    "a mean of each micro-batch": Mutation("two micro-batches", mean_of_each_micro_batch),
+    "balance summed over micro-batches": Mutation("two micro-batches", balance_summed_over_micro_batches),
+    "image slots shifted by one": Mutation("images", image_slots_shifted_by_one),
+    "an unused slot overwrites a token": Mutation("images", unused_slot_overwrites_a_token),
+    "features of the next tile": Mutation("images", features_of_the_next_tile),
+    "vision positions from 0": Mutation("images", vision_positions_from_zero),
+    "vision rows and columns swapped": Mutation("images", vision_axes_swapped),
+    "vision half-split RoPE": Mutation("images", vision_half_split_rope),
+    "tanh GELU": Mutation("images", tanh_gelu),
+    "no GELU after the adapter": Mutation("images", no_gelu_after_the_adapter),
+    "pixel shuffle by columns": Mutation("images", pixel_shuffle_by_columns),
+    "patches with channels last": Mutation("images", channels_last_patches),
+    "pixels from 0 to 1": Mutation("images", pixels_from_zero_to_one),
+}
+
+
+UNBROKEN: dict[str, Mutation] = {
+    "mask": Mutation("text", mask_with(lambda segment, position, index, chunk: same(segment) & same(position, chunk))),
+    "queries and keys": Mutation("text", around_attention(lambda q, k, layout, chunk: (q, k))),
+    "temperature": Mutation("text", temperature_with(lambda p, c: jnp.log1p(jnp.floor((p + 1) / c.temperature_floor)))),
+    "scores": Mutation("router bias", route_with(lambda logits, chosen, bias: jax.nn.sigmoid(chosen))),
+    "objective": Mutation("text", objective_sees(lambda batch, extras: (batch, extras))),
+    "image slots": Mutation("images", slots_at(lambda positions: positions)),
+    "vision rope": Mutation("images", vision_rope_with(first=1, swapped=False)),
+}
+"""What builds the mutations, given the right formula: else a mutation might be caught for a mistake of its own."""
+
+
+@pytest.mark.parametrize("name", UNBROKEN)
+def test_what_builds_the_mutations_breaks_nothing_by_itself(name: str, monkeypatch: Patch) -> None:
+    unbroken = UNBROKEN[name]
+    prepared(unbroken.base)
+    unbroken.apply(monkeypatch)
+    compare(unbroken.base, with_gradient=False)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_caught(name: str, monkeypatch: Patch) -> None:
+    mutation = MUTATIONS[name]
+    prepared(mutation.base)  # before the code is broken
+    mutation.apply(monkeypatch)
+    with pytest.raises(AssertionError):
+        compare(mutation.base, mutation.gradient)

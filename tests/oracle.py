@@ -1,0 +1,369 @@
+"""The second oracle: the whole model and objective again, slow and obvious, in float64 NumPy.
+
+It shares no code with `model/` and no framework with it either: `autograd` differentiates plain NumPy, so there is no
+tracing, no precision switch and no kernel to trust. Nothing is packed, padded, scanned, masked or batched: every
+document is run alone, every query gathers the keys that it may see, every token visits its experts one at a time. The
+formulas are those of transformers' `models/llama4`, whose stored answers it reproduces (`tests/test_oracle.py`).
+
+Legend: S tokens of the one document, D width, N query heads, K kv heads, H head width, F ffn width, E experts,
+V vocabulary, M tiles, P patches per tile, W vision width, C chunk.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import autograd
+import autograd.numpy
+import numpy
+from autograd.scipy.special import erf
+from autograd.tracer import getval
+
+from model.config import ModelConfig, VisionConfig
+
+Tree = dict[Any, Any]
+
+np: Any = autograd.numpy
+"""NumPy that can be differentiated; `numpy` is the plain one, for what needs no gradient."""
+value_and_grad: Any = autograd.value_and_grad
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document, alone."""
+
+    tokens: numpy.ndarray
+    """[S]."""
+    tiles: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros((0, 0, 0, 3)))
+    """[M, side, side, 3], from -1 to 1."""
+    slots: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros((0, 0), int))
+    """[M, tokens per tile]: the position in the document that each patch token of each tile replaces."""
+    temperature_offset: int = 0
+    """Added to the positions that temperature tuning sees. Zero is right; transformers counts them from the start of
+    the row, padding and earlier documents included, and some of its stored answers can only be checked that way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Everything that a forward pass goes through."""
+
+    logits: Any
+    """[S, V]."""
+    hidden: list[Any]
+    """[S, D]: the input of layer 0, then the output of every layer, before the final norm."""
+    router_logits: dict[int, Any]
+    """[S, E] of every mixture-of-experts layer."""
+    choices: dict[int, numpy.ndarray]
+    """[S, top-k]: the experts that each token visits, in every such layer."""
+    vision: dict[str, Any]
+    """encoder_out [M, P+1, W], adapter_out [M, tokens per tile, A], projected [M, tokens per tile, D]."""
+
+
+def forward(
+    params: Tree, document: Document, config: ModelConfig, router_bias: Mapping[int, Any] | None = None
+) -> Stages:
+    """The model on one document. `params` is our layout; `router_bias` maps layers to [E] (aux-loss-free balance)."""
+    x = params["embed"][document.tokens]
+    vision: dict[str, Any] = {}
+    if len(document.tiles):
+        assert config.vision
+        vision = encode_tiles(params, document.tiles, config.vision)
+        feature_of = {
+            int(position): vision["projected"][m][p]
+            for m, positions in enumerate(document.slots)
+            for p, position in enumerate(positions)
+        }
+        x = np.stack([feature_of.get(s, x[s]) for s in range(len(document.tokens))])
+    hidden, router_logits, choices = [x], {}, {}
+    for i, kind in enumerate(config.layer_kinds()):
+        layer = layer_of(params["blocks"], i, len(config.super_block()))
+        x = x + attention(rms(x, config.norm_eps) * layer["attn_norm"], layer["attn"], kind.rope, document, config)
+        h = rms(x, config.norm_eps) * layer["ffn_norm"]
+        if kind.moe:
+            bias = None if router_bias is None else router_bias[i]
+            out, router_logits[i], choices[i] = mixture_of_experts(h, layer["ffn"], config, bias)
+        else:
+            out = swiglu(h, layer["ffn"])
+        x = x + out
+        hidden.append(x)
+    head = params["embed"].T if config.tie_embeddings else params["lm_head"]
+    logits = (rms(x, config.norm_eps) * params["final_norm"]) @ head
+    return Stages(logits, hidden, router_logits, choices, vision)
+
+
+def layer_of(blocks: Any, i: int, period: int) -> Any:
+    """The weights of decoder layer i: repeat i // period of member i % period of the super-block."""
+
+    def pick(tree: Any) -> Any:
+        return {key: pick(value) for key, value in tree.items()} if hasattr(tree, "items") else tree[i // period]
+
+    return pick(blocks[i % period])
+
+
+def rms(x: Any, eps: float) -> Any:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x: Any) -> Any:
+    e = np.exp(x - numpy.max(getval(x), axis=-1, keepdims=True))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+def logsumexp(x: Any) -> Any:
+    shift = numpy.max(getval(x), axis=-1, keepdims=True)
+    return np.log(np.sum(np.exp(x - shift), axis=-1)) + shift[..., 0]
+
+
+def swiglu(x: Any, weights: Any) -> Any:
+    gate = x @ weights["gate"]
+    return (gate * sigmoid(gate) * (x @ weights["up"])) @ weights["down"]
+
+
+def frequencies(config: ModelConfig) -> numpy.ndarray:
+    """Angle per position of each pair, [H/2], with Llama 3's stretching of long wavelengths."""
+    result = []
+    for j in range(config.head_dim // 2):
+        frequency = config.rope_theta ** (-2 * j / config.head_dim)
+        scaling = config.rope_scaling
+        if scaling is not None:
+            turns = scaling.original_length * frequency / (2 * numpy.pi)
+            if turns < scaling.low_freq_factor:
+                frequency /= scaling.factor
+            elif turns <= scaling.high_freq_factor and scaling.high_freq_factor > scaling.low_freq_factor:
+                t = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+                frequency *= (1 - t) / scaling.factor + t
+        result.append(frequency)
+    return numpy.array(result)
+
+
+def rotate(x: Any, angles: numpy.ndarray) -> Any:
+    """Multiplies the complex numbers x[..., 2j] + i x[..., 2j+1] by e^(i angle); x [S, heads, H], angles [S, H/2]."""
+    cos, sin = numpy.cos(angles)[:, None], numpy.sin(angles)[:, None]
+    real, imaginary = x[..., 0::2], x[..., 1::2]
+    return np.reshape(np.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1), x.shape)
+
+
+def attention(x: Any, weights: Any, rope: bool, document: Document, config: ModelConfig) -> Any:
+    S, N = x.shape[0], config.num_heads
+    q, k, v = (np.einsum("sd,dnh->snh", x, weights[name]) for name in "qkv")
+    positions = numpy.arange(S)
+    if rope:
+        angles = positions[:, None] * frequencies(config)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if config.qk_norm:
+            q, k = rms(q, config.norm_eps), rms(k, config.norm_eps)
+    elif config.temperature_tuning:
+        p = positions + document.temperature_offset
+        scale = 1 + config.temperature_scale * numpy.log(1 + numpy.floor((p + 1) / config.temperature_floor))
+        q = q * scale[:, None, None]
+    shared = [n // (N // config.num_kv_heads) for n in range(N)]
+    k, v = k[:, shared], v[:, shared]
+    outputs = []
+    for s in range(S):
+        first = s - s % config.chunk_size if rope else 0
+        scores = np.einsum("nh,tnh->nt", q[s], k[first : s + 1]) / numpy.sqrt(config.head_dim)
+        outputs.append(np.einsum("nt,tnh->nh", softmax(scores), v[first : s + 1]))
+    return np.einsum("snh,nhd->sd", np.stack(outputs), weights["o"])
+
+
+def mixture_of_experts(x: Any, weights: Any, config: ModelConfig, bias: Any) -> tuple[Any, Any, numpy.ndarray]:
+    """Output [S, D], router logits [S, E] and the experts of each token [S, top-k]."""
+    logits = x @ weights["router"]
+    scores = sigmoid(logits)
+    preference = getval(logits) if bias is None else getval(scores) + bias
+    choices = numpy.argsort(-preference, axis=-1, kind="stable")[:, : config.experts_per_token]
+    experts = [{name: w[e] for name, w in weights["experts"].items()} for e in range(config.num_experts)]
+    outputs = []
+    for s in range(x.shape[0]):
+        out = swiglu(x[s], weights["shared"])
+        for e in choices[s]:
+            out = out + swiglu(scores[s, e] * x[s], experts[e])  # the score is on the input
+        outputs.append(out)
+    return np.stack(outputs), logits, choices
+
+
+# --------------------------------------------------------------------------------------------------------------- vision
+
+
+def encode_tiles(params: Tree, tiles: numpy.ndarray, config: VisionConfig) -> dict[str, Any]:
+    """Every stage of the vision encoder, tile after tile."""
+    encoded, adapted = [], []
+    for tile in tiles:
+        x = encode_tile(params["vision"], tile, config)
+        encoded.append(x)
+        patches = layer_norm(x, params["vision"]["post_norm"])[:-1]
+        tokens = pixel_shuffle(patches, config)
+        for name in ("fc1", "fc2"):
+            tokens = gelu(tokens @ params["vision"]["adapter"][name])
+        adapted.append(tokens)
+    adapter_out = np.stack(adapted)
+    return {
+        "encoder_out": np.stack(encoded),
+        "adapter_out": adapter_out,
+        "projected": adapter_out @ params["projector"],
+    }
+
+
+def encode_tile(params: Any, tile: numpy.ndarray, config: VisionConfig) -> Any:
+    """[side, side, 3] -> [P+1, W], the class token last, before the final norm."""
+    n, side = config.patches_per_side, config.patch_size
+    pixels = []
+    for row in range(n):
+        for column in range(n):
+            patch = tile[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            pixels.append(numpy.transpose(patch, (2, 0, 1)).reshape(-1))  # channel, then row, then column
+    x = np.concatenate([np.stack(pixels) @ params["patch_embed"], params["class_embed"][None]])
+    x = layer_norm(x + params["pos_embed"], params["pre_norm"])
+    angles = vision_angles(config)
+    for i in range(config.num_layers):
+        x = vision_block(x, layer_of({0: params["blocks"]}, i, 1), angles)
+    return x
+
+
+def vision_angles(config: VisionConfig) -> numpy.ndarray:
+    """[P+1, H/2]: half of the pairs turn by the column, half by the row, both counted from 1; the class token by 0."""
+    n, axis_dim = config.patches_per_side, config.hidden_size // config.num_heads // 2
+    speeds = [config.rope_theta ** (-2 * j / axis_dim) for j in range(axis_dim // 2)]
+    angles = [
+        [(column + 1) * speed for speed in speeds] + [(row + 1) * speed for speed in speeds]
+        for row in range(n)
+        for column in range(n)
+    ]
+    return numpy.array([*angles, [0.0] * (2 * len(speeds))])
+
+
+def vision_block(x: Any, weights: Any, angles: numpy.ndarray) -> Any:
+    h = layer_norm(x, weights["attn_norm"])
+    q, k, v = (np.einsum("pw,wnh->pnh", h, weights[name]["kernel"]) + weights[name]["bias"] for name in "qkv")
+    q, k = rotate(q, angles), rotate(k, angles)
+    scores = np.einsum("pnh,rnh->npr", q, k) / numpy.sqrt(q.shape[-1])
+    heads = np.einsum("npr,rnh->pnh", softmax(scores), v)
+    x = x + np.einsum("pnh,nhw->pw", heads, weights["o"]["kernel"]) + weights["o"]["bias"]
+    h = gelu(layer_norm(x, weights["ffn_norm"]) @ weights["fc1"]["kernel"] + weights["fc1"]["bias"])
+    return x + h @ weights["fc2"]["kernel"] + weights["fc2"]["bias"]
+
+
+def layer_norm(x: Any, weights: Any, eps: float = 1e-5) -> Any:
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    return rms(centred, eps) * weights["scale"] + weights["bias"]
+
+
+def gelu(x: Any) -> Any:
+    return x * (1 + erf(x / numpy.sqrt(2))) / 2
+
+
+def pixel_shuffle(x: Any, config: VisionConfig) -> Any:
+    """[P, W] -> [tokens per tile, W r^2]: each square of r x r neighbours, row-major, becomes one token."""
+    n, r = config.patches_per_side, config.shuffle
+    return np.stack(
+        [
+            np.concatenate([x[(i + a) * n + (j + b)] for a in range(r) for b in range(r)])
+            for i in range(0, n, r)
+            for j in range(0, n, r)
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ objective
+
+
+def documents(
+    batch: Mapping[str, numpy.ndarray], row_temperature: bool = False
+) -> Iterator[tuple[int, slice, Document]]:
+    """Every segment of a packed batch: its row, where in the row it is, and what is there as a document of its own.
+
+    `row_temperature` sets the documents' `temperature_offset` to what transformers has.
+    """
+    for b in range(batch["tokens"].shape[0]):
+        segments = batch["segment_ids"][b]
+        for segment in range(1, int(segments.max()) + 1):
+            where = numpy.flatnonzero(segments == segment)
+            start, stop = int(where[0]), int(where[0]) + len(where)
+            assert where.tolist() == list(range(start, stop)), "a segment is contiguous"
+            assert batch["positions"][b, where].tolist() == list(range(len(where))), "positions restart in each segment"
+            document = Document(batch["tokens"][b, where], temperature_offset=start if row_temperature else 0)
+            if "image_tiles" in batch:
+                inside = numpy.isin(batch["image_positions"][b], where).all(axis=-1)
+                tiles = batch["image_tiles"][b][inside]
+                tiles = tiles / 127.5 - 1 if tiles.dtype == numpy.uint8 else tiles.astype(numpy.float64)
+                slots = batch["image_positions"][b][inside] - start
+                document = dataclasses.replace(document, tiles=tiles, slots=slots)
+            yield b, slice(start, stop), document
+
+
+def objective(
+    params: Tree,
+    batch: Mapping[str, numpy.ndarray],
+    config: ModelConfig,
+    load_balance_coef: float,
+    router_z_coef: float,
+    micro_batches: int = 1,
+    router_bias: Mapping[int, Any] | None = None,
+    row_temperature: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """What a training step minimises, and its parts.
+
+    Weighted mean of the next-token losses over the whole batch, plus, averaged over the micro-batches (consecutive
+    rows), the load-balance loss (arXiv 2101.03961) and the router z-loss (arXiv 2202.08906) over the micro-batch's
+    tokens, each averaged over the mixture-of-experts layers. The parts also hold the assignments to each expert of
+    each such layer (`counts`) and, of each source, the weighted sum of losses and the weight (`per_source`).
+    """
+    weights_total = float(numpy.sum(batch["loss_weights"], dtype=numpy.float64))
+    rows = batch["tokens"].shape[0] // micro_batches
+    nll_sum = balance = z = 0.0
+    per_source: dict[int, list[float]] = {}
+    counts = {i: numpy.zeros(config.num_experts) for i, kind in enumerate(config.layer_kinds()) if kind.moe}
+    for m in range(micro_batches):
+        part = {name: value[m * rows : (m + 1) * rows] for name, value in batch.items()}
+        logits: dict[int, list[Any]] = {}
+        choices: dict[int, list[numpy.ndarray]] = {}
+        for b, where, document in documents(part, row_temperature):
+            stages = forward(params, document, config, router_bias)
+            targets, weights, sources = (part[name][b, where] for name in ("targets", "loss_weights", "source_ids"))
+            for s in numpy.flatnonzero(weights):
+                weight = float(weights[s])
+                nll = logsumexp(stages.logits[s]) - stages.logits[s, targets[s]]
+                nll_sum = nll_sum + weight * nll
+                tally = per_source.setdefault(int(sources[s]), [0.0, 0.0])
+                tally[0] += weight * float(getval(nll))
+                tally[1] += weight
+            for i, layer_logits in stages.router_logits.items():
+                logits.setdefault(i, []).append(layer_logits)
+                choices.setdefault(i, []).append(stages.choices[i])
+        for i, of_documents in logits.items():
+            all_logits, all_choices = np.concatenate(of_documents), numpy.concatenate(choices[i])
+            tokens = all_logits.shape[0]
+            count = numpy.bincount(all_choices.reshape(-1), minlength=config.num_experts)
+            counts[i] += count
+            share = count / (config.experts_per_token * tokens)
+            probability = np.mean(softmax(all_logits), axis=0)
+            balance = balance + config.num_experts * np.sum(share * probability) / len(logits) / micro_batches
+            z = z + np.mean(logsumexp(all_logits) ** 2) / len(logits) / micro_batches
+    loss = nll_sum / weights_total
+    parts = {"loss": loss, "load_balance": balance, "router_z": z, "counts": counts, "per_source": per_source}
+    return loss + load_balance_coef * balance + router_z_coef * z, parts
+
+
+def objective_and_gradient(params: Tree, *arguments: Any, **options: Any) -> tuple[float, dict[str, Any], Tree]:
+    """The objective, its parts and its gradient for every parameter, all float64."""
+    kept: dict[str, Any] = {}
+
+    def total(params: Tree) -> Any:
+        value, parts = objective(params, *arguments, **options)
+        kept.update({name: getval(part) for name, part in parts.items()})
+        return value
+
+    value, gradient = value_and_grad(total)(as_float64(params))
+    return float(value), kept, gradient
+
+
+def as_float64(params: Any) -> Any:
+    return map_leaves(lambda leaf: numpy.asarray(leaf, numpy.float64), params)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    return {k: map_leaves(function, v) for k, v in tree.items()} if isinstance(tree, dict) else function(tree)

@@ -1,0 +1,156 @@
+"""Checkpoints: the training state, with the config and the position in the data, by Orbax.
+
+Saving is asynchronous and atomic: Orbax writes to a temporary folder and renames it when all is there, so a killed save
+leaves the checkpoint before it. A checkpoint folder holds `state` (arrays) and `run` (JSON: config, data digest, step).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from sharding.errors import UserError
+from trainer.config import CheckpointConfig
+from trainer.step import TrainState
+
+Metadata = dict[str, Any]
+
+
+def _named(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Leaves by the names on their way, ("params", "blocks", "0", "attn", "q"): the layout on disk."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+
+
+def _on_disk(tree: Any) -> dict[str, Any]:
+    """Nested dicts with string keys, whatever containers the tree is made of."""
+    return traverse_util.unflatten_dict(_named(tree))
+
+
+def _like(tree: Any, saved: dict[str, Any]) -> Any:
+    """The inverse of `_on_disk`, with the containers of `tree`: matched by name, never by order."""
+    flat = traverse_util.flatten_dict(saved)
+    return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in _named(tree)])
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig | None = None):
+        """Opens `directory`; without a config, to read only."""
+        self.directory = directory
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if config:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_last,
+                keep_period=config.keep_every or None,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            )
+        self.manager = ocp.CheckpointManager(directory, options=options, item_names=("state", "run"))
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, metadata: Metadata) -> None:
+        """Starts to save `state` under its step; returns when the arrays are copied, before they are on disk."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        with self._explained():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_on_disk(state)),  # pyright: ignore[reportCallIssue]
+                    run=ocp.args.JsonSave(metadata),  # pyright: ignore[reportCallIssue]
+                ),
+            )
+
+    def busy(self) -> bool:
+        """Whether a save is still going on in the background."""
+        return self.manager.is_saving_in_progress()
+
+    def check(self) -> None:
+        """Raises what went wrong in a save that was going on in the background."""
+        with self._explained():
+            self.manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        with self._explained():
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+
+    def metadata(self, step: int) -> Metadata:
+        """The JSON that was saved with a step."""
+        with self._explained(step):
+            return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at `step`, with the structure, dtypes and shardings of `like` (arrays or their shapes)."""
+        with self._explained(step):
+            args = ocp.args.StandardRestore(_on_disk(like))  # pyright: ignore[reportCallIssue]
+            saved = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        return _like(like, saved)
+
+    def restore_weights(self, step: int, like: TrainState) -> TrainState:
+        """`like` with the weights and router biases saved at `step`; its step, optimizer and counters stay."""
+        weights = {"params": like.params, "router_bias": like.router_bias}
+        wanted = _on_disk(weights)
+        with self._explained(step):
+            args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+                item=wanted,  # pyright: ignore[reportCallIssue]
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),  # pyright: ignore[reportCallIssue]
+                partial_restore=True,  # pyright: ignore[reportCallIssue]
+            )
+            path = self.directory / str(step) / "state"
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                saved = checkpointer.restore(path, args=args)
+
+        return dataclasses.replace(like, **_like(weights, saved))
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def _explained(self, step: int | None = None) -> "_Explained":
+        return _Explained(self.directory if step is None else self.directory / str(step), reading=step is not None)
+
+
+class _Explained:
+    """Turns what Orbax and the file system raise into one message that names the checkpoint and the cure."""
+
+    def __init__(self, path: Path, reading: bool):
+        self.path, self.reading = path, reading
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+            return
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        if self.reading:
+            raise UserError(
+                f"checkpoint {self.path}: cannot be read: {reason}\nIf it is damaged, delete that folder: the run then "
+                "goes on from the checkpoint before it."
+            ) from error
+        raise UserError(
+            f"checkpoints {self.path}: cannot be written: {reason}\nThe checkpoint before is whole. Free space or mend "
+            "the permissions, then start the same command again."
+        ) from error
+
+
+def locate(path: Path) -> tuple[Path, int]:
+    """The checkpoints folder and the step that `path` (a run directory, or one of its checkpoints) stands for."""
+    path = path.expanduser().absolute()
+    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
+    steps = Checkpoints(folder).manager.all_steps() if folder.is_dir() else []
+    if not steps or (step is not None and step not in steps):
+        raise UserError(
+            f"{path}: no checkpoint found; expected a run directory with checkpoints/<step>, or one of those."
+        )
+    return folder, max(steps) if step is None else step

@@ -1,0 +1,64 @@
+"""Batches on their way to the device, one step ahead."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from data.pipeline import Batches
+
+AHEAD = 2
+"""Batches kept on the device beside the one in use."""
+
+
+class Feeder:
+    """Moves batches to the device on a thread, and measures how long the device waits for them."""
+
+    def __init__(self, batches: Batches, sharding: jax.sharding.Sharding):
+        self._queue: queue.Queue[Any] = queue.Queue(AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(batches, sharding), daemon=True, name="feeder")
+        self._thread.start()
+
+    def _run(self, batches: Batches, sharding: jax.sharding.Sharding) -> None:
+        try:
+            for batch in batches:
+                if not self._put(jax.device_put(batch, sharding)):
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def next(self, device_idle: Callable[[], None]) -> tuple[dict[str, jax.Array], float]:
+        """The next batch, and the seconds for which the device had nothing to do but wait for it.
+
+        `device_idle` returns when the device has finished what it was given: a batch that is late for the queue but in
+        time for the device costs nothing.
+        """
+        waited = 0.0
+        try:
+            item = self._queue.get_nowait()
+        except queue.Empty:
+            device_idle()
+            start = time.perf_counter()
+            item = self._queue.get()
+            waited = time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item, waited
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+        self._thread.join()

@@ -1,0 +1,272 @@
+"""A training run, top to bottom: directory, data, weights, compilation, loop, scores, report."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data.pipeline import build_dataset
+from sharding.devices import peak_flops
+from sharding.errors import UserError
+from trainer.checkpoint import Checkpoints
+from trainer.config import RunConfig
+from trainer.console import Console
+from trainer.decode import Decoder
+from trainer.evaluate import HeldOut, question_scores
+from trainer.feeder import Feeder
+from trainer.flops import flops_per_token, parameter_counts
+from trainer.initialise import initialise
+from trainer.metrics import MetricsLogger
+from trainer.objective import metrics, next_token_objective
+from trainer.report import write_report
+from trainer.rundir import RunDirectory, write_json
+from trainer.sections import to_plain
+from trainer.signals import StopRequest
+from trainer.step import Skeleton, TrainState, make_eval_step, make_train_step
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
+
+
+def train(run: RunConfig, workdir: Path, *, allow_config_change: bool = False) -> None:
+    """Trains `run` in `workdir`, from its latest checkpoint if there is one, to the end or to a signal.
+
+    Raises `UserError` for whatever the user can cure; `SystemExit` with 128 + signal after a signal.
+    """
+    started = time.perf_counter()
+    directory = RunDirectory(workdir)
+    directory.create()
+    with directory.locked(), StopRequest().listening() as stop:
+        directory.settle_config(run, allow_config_change)
+        configure_jax(run)
+        with Run(run, directory, stop, started) as job:
+            job.loop()
+            job.finish()
+
+
+def configure_jax(run: RunConfig) -> None:
+    """Process-wide settings of jax."""
+    if "float64" in (run.model.dtype, run.model.param_dtype):
+        jax.config.update("jax_enable_x64", True)
+    if run.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(run.compile_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@dataclasses.dataclass
+class Pending:
+    """A step that was handed to the device and may still run."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    waited: float
+
+
+class Run:
+    """What the phases of a run share. Entering it opens files, processes and threads; leaving it closes them."""
+
+    def __init__(self, run: RunConfig, directory: RunDirectory, stop: StopRequest, started: float):
+        self.run, self.directory, self.stop, self.started = run, directory, stop, started
+        self.saving: int | None = None
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._exits = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._exits.__exit__(*error)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        run, device = self.run, jax.devices()[0]
+        self.sharding = jax.sharding.SingleDeviceSharding(device)
+        self.dataset = build_dataset(run.data, run.image_spec, "train")
+        self.directory.save_tokenizer(self.dataset.tokenizer)
+        if self.dataset.tokenizer.size > run.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, the "
+                "size of the tokenizer. Raise it, or lower data.tokenizer_size."
+            )
+        self.checkpoints = Checkpoints(self.directory.checkpoints, run.checkpoint)
+        stack.callback(self.checkpoints.close)
+        start = self.checkpoints.latest() or 0
+        # Opened before the compilation, so that the first batches are made meanwhile.
+        batches = stack.enter_context(self.dataset.batches(start, run.steps))
+        self.feeder = Feeder(batches, self.sharding)
+        stack.callback(self.feeder.close)
+
+        self.state, origin = initialise(run, self.checkpoints, self.dataset.digest)
+        self.start = start
+        skeleton = Skeleton(run.model, device.platform)
+        objective = next_token_objective(run.objective, len(self.dataset.source_names))
+        self.skeleton = skeleton
+        compile_start = time.perf_counter()
+        self.step_fn = self._compiled_step(make_train_step(run, skeleton, objective))
+        self.compile_s = time.perf_counter() - compile_start
+        held_out = build_dataset(run.data, run.image_spec, "heldout")
+        self.held_out = HeldOut(held_out, jax.jit(make_eval_step(skeleton, objective)))
+
+        self.flops = flops_per_token(run.model, run.data.sequence_length)
+        self.peak = peak_flops(device, run.model.dtype)
+        self.facts = self._facts(device, origin)
+        self.console = Console(run, self.directory.root, self.facts)
+        self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
+        stack.enter_context(self.console)
+        stack.enter_context(self.logger)
+
+    def _compiled_step(self, train_step: Any) -> Any:
+        names = self.dataset.source_names
+
+        def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+            state, sums = train_step(state, batch)
+            return state, metrics(sums, names)
+
+        example = self.dataset.batch(0)
+        batch = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.sharding)
+            for name, array in example.items()
+        }
+        return jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
+
+    def _facts(self, device: Any, origin: str) -> dict[str, Any]:
+        counts = parameter_counts(self.run.model)
+        return {
+            "command": shlex.join(sys.argv),
+            "devices": f"1 x {device.device_kind} ({device.platform})",
+            "peak_flops": self.peak.flops_per_s,
+            "peak_source": self.peak.source,
+            "flops_per_token": self.flops.training,
+            "mfu_formula": self.flops.formula,
+            "parameters": counts.total,
+            "active_parameters": counts.active,
+            "expert_kernel": self.skeleton.config.expert_kernel,
+            "data_digest": self.dataset.digest,
+            "initialised_from": origin,
+            "compile_s": self.compile_s,
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+
+    def loop(self) -> None:
+        """Steps until the last one or until asked to stop."""
+        run, pending = self.run, None
+        self.last_done = time.perf_counter()
+        for step in range(self.start + 1, run.steps + 1):
+            batch, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
+            self.stop.nothing_to_save = False
+            self.state, measured = self.step_fn(self.state, batch)
+            if pending:
+                self._done(pending)
+            pending = Pending(step, measured, waited)
+            first = step == self.start + 1
+            stopping = self.stop.requested.is_set()
+            evaluating = step % run.eval.every_steps == 0 or step == run.steps
+            saving = step % run.checkpoint.every_steps == 0 or step == run.steps or stopping
+            if first or evaluating or saving:
+                self._done(pending)
+                pending = None
+            self._tell_if_saved()
+            if first:
+                self._announce()
+            if evaluating:
+                self._evaluate(step)
+            if saving:
+                self._save(step)
+            if stopping:
+                self._leave(step)
+
+    def _announce(self) -> None:
+        self.facts["time_to_first_step_s"] = time.perf_counter() - self.started
+        write_json(self.directory.facts, self.facts)
+        self.console.banner()
+
+    def _done(self, pending: Pending) -> None:
+        """Waits for a step, times it, logs it, and stops the run where too many steps in a row were not finite."""
+        values = jax.block_until_ready(pending.metrics)
+        now = time.perf_counter()
+        seconds, self.last_done = now - self.last_done, now
+        in_a_row = int(values.pop("skipped_in_a_row"))
+        if pending.step % self.run.log.every_steps == 0 or pending.step in (1, self.run.steps) or in_a_row:
+            tokens, tiles = float(values["tokens"]), float(values["tiles"])
+            flops = self.flops.training_step(tokens, tiles)
+            clock = {
+                "time/step": seconds,
+                "time/tokens_per_s": tokens / seconds,
+                "time/mfu": flops / seconds / self.peak.flops_per_s,
+                "time/data_wait": pending.waited / seconds,
+                "time/elapsed": now - self.started,
+            }
+            slots = self.run.data.batch_size * self.run.data.sequence_length
+            seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
+            self.logger.write({"kind": "train", "step": pending.step} | values | seen | clock)
+        if in_a_row >= self.run.optimizer.max_skipped:
+            raise UserError(
+                f"step {pending.step}: the loss or the gradient was not finite {in_a_row} steps in a row "
+                "(optimizer.max_skipped). Nothing was learned in these steps. Lower optimizer.peak_lr, set or lower "
+                f"optimizer.clip_norm, or look at batches {pending.step - in_a_row} to {pending.step - 1}."
+            )
+
+    def _evaluate(self, step: int) -> None:
+        start = time.perf_counter()
+        scores = self.held_out.score(self.state.params, self.state.router_bias, self.run.eval.batches)
+        seconds = time.perf_counter() - start
+        self.logger.write({"kind": "eval", "step": step} | scores | {"time/eval": seconds})
+        self.last_done = time.perf_counter()
+
+    def _save(self, step: int) -> None:
+        # A checkpoint at step k implies that the metrics up to k are on disk: a resumed run has no gap.
+        self.logger.flush()
+        self.checkpoints.save(self.state, self._metadata())
+        self.saving = step
+        self.last_done = time.perf_counter()
+
+    def _tell_if_saved(self) -> None:
+        """Notes a checkpoint that has arrived on disk, or raises why it has not."""
+        if self.saving is not None and not self.checkpoints.busy():
+            self.checkpoints.check()
+            self.console.saved(self.saving)
+            self.saving = None
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "config": to_plain(self.run),
+            "data_digest": self.dataset.digest,
+            "tokenizer_digest": self.dataset.tokenizer.digest,
+        }
+
+    def _wait_for_checkpoints(self) -> None:
+        self.checkpoints.wait()
+        self._tell_if_saved()
+        self.stop.nothing_to_save = True
+
+    def _leave(self, step: int) -> None:
+        self._wait_for_checkpoints()
+        self.console.message(f"{self.stop.signal_name}: saved step {step}. The same command goes on from there.")
+        raise SystemExit(self.stop.exit_code)
+
+    def finish(self) -> None:
+        """The last checkpoint on disk, held-out scores, report."""
+        self._wait_for_checkpoints()
+        run, params, bias = self.run, self.state.params, self.state.router_bias
+        scores = self.held_out.score(params, bias, run.eval.final_batches)
+        evaluation: dict[str, Any] = {
+            "step": int(self.state.step),
+            "text_bits_per_byte": scores.pop("text_bits_per_byte", None),
+        }
+        evaluation["loss"] = scores
+        if run.image_spec and run.eval.questions and "scenes" in self.dataset.source_names:
+            self.console.message(f"asking {run.eval.questions} held-out questions, three times")
+            decoder = Decoder(self.skeleton, params, bias)
+            tokenizer = self.dataset.tokenizer
+            evaluation |= question_scores(decoder, tokenizer, run.data, run.image_spec, run.eval.questions)
+        write_json(self.directory.evaluation, evaluation)
+        self.logger.flush()
+        self.console.scores(evaluation)
+        self.console.message(f"report: {write_report(self.directory.root)}")

@@ -1,0 +1,110 @@
+"""Objectives: (model, batch, extras) -> (loss, sums). The next-token loss with the router's auxiliary terms.
+
+Every value in `sums` is additive over micro-batches, and the loss of a step is the sum of its micro-batches' losses.
+Letters: B rows, S sequence, T tokens, L mixture-of-experts layers, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from model.moe import RouterStats
+from model.transformer import Batch, Transformer
+from model.vocab_loss import token_losses
+from trainer.config import ObjectiveConfig
+
+Sums = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a micro-batch has to know of the step that it belongs to."""
+
+    weight_total: jax.Array
+    """Sum of the loss weights over the whole batch of the step, all micro-batches and devices."""
+    micro_batches: int = dataclasses.field(metadata={"static": True})
+    """Micro-batches in the step."""
+
+
+Objective = Callable[[Transformer, Batch, Extras], tuple[jax.Array, Sums]]
+
+
+def extras_for(batch: Mapping[str, jax.Array], micro_batches: int) -> Extras:
+    """Extras of a step on `batch`; a batch without any weighted target has a loss of zero, not of 0/0."""
+    total = jnp.sum(batch["loss_weights"])
+    return Extras(jnp.where(total > 0, total, 1), micro_batches)
+
+
+def load_balance(stats: RouterStats, top_k: int) -> jax.Array:
+    """Load-balance loss (arXiv 2101.03961, eq. 4), mean over layers: E x sum_e f_e P_e.
+
+    f_e is the share of the assignments that go to expert e, P_e the mean router probability: 1.0 when balanced. Both
+    are over all tokens of the micro-batch, padding aside.
+    """
+    tokens = jnp.maximum(stats.tokens, 1)[:, None]
+    share_LE, probability_LE = stats.assignments_E / (top_k * tokens), stats.probability_E / tokens
+    return jnp.mean(share_LE.shape[1] * jnp.sum(share_LE * probability_LE, axis=1))
+
+
+def router_z(stats: RouterStats) -> jax.Array:
+    """Router z-loss (arXiv 2202.08906, eq. 5), mean over layers and tokens: logsumexp(router logits)^2."""
+    return jnp.mean(stats.z / jnp.maximum(stats.tokens, 1))
+
+
+def used_tiles(batch: Batch) -> jax.Array:
+    """Image tiles in the batch, empty slots aside."""
+    if "image_positions" not in batch:
+        return jnp.zeros((), jnp.int32)
+    return jnp.sum((batch["image_positions"] >= 0).any(axis=2))
+
+
+def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective:
+    """Weighted mean of the next-token losses over the whole step, plus the router terms, mean over micro-batches."""
+
+    def objective(model: Transformer, batch: Batch, extras: Extras) -> tuple[jax.Array, Sums]:
+        output = model(batch)
+        hidden_TD = output.hidden_BSD.reshape(-1, output.hidden_BSD.shape[-1])
+        losses_T = token_losses(hidden_TD, model.head(), batch["targets"].reshape(-1), config.block_tokens)
+        weights_T = batch["loss_weights"].reshape(-1).astype(losses_T.dtype)
+        weighted_T = losses_T * weights_T
+        sources_T = batch["source_ids"].reshape(-1)
+        sums = {
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "tiles": used_tiles(batch),
+            "source_loss": jax.ops.segment_sum(weighted_T, sources_T, num_sources + 1)[1:],
+            "source_weight": jax.ops.segment_sum(weights_T, sources_T, num_sources + 1)[1:],
+            "loss": jnp.sum(weighted_T) / extras.weight_total.astype(losses_T.dtype),
+        }
+        loss = sums["loss"]
+        if output.router is not None:
+            sums["load_balance"] = load_balance(output.router, model.config.experts_per_token) / extras.micro_batches
+            sums["router_z"] = router_z(output.router) / extras.micro_batches
+            sums["assignments"] = output.router.assignments_E
+            loss += config.load_balance_coef * sums["load_balance"] + config.router_z_coef * sums["router_z"]
+        return loss, jax.lax.stop_gradient(sums)
+
+    return objective
+
+
+def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
+    """What is logged of a step: losses, means by source, auxiliary terms, the experts' load.
+
+    A source without a target in the batch has a loss of NaN. `experts/load` [L, E] are shares of the layer's
+    assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer.
+    """
+    named = {"source_loss", "source_weight", "load_balance", "router_z", "assignments"}
+    logged = {name: value for name, value in sums.items() if name not in named}
+    mean_N = sums["source_loss"] / sums["source_weight"]
+    logged |= {f"loss/{name}": mean_N[i] for i, name in enumerate(source_names)}
+    if "assignments" in sums:
+        load_LE = sums["assignments"] / jnp.maximum(jnp.sum(sums["assignments"], axis=1, keepdims=True), 1)
+        logged |= {
+            "aux/load_balance": sums["load_balance"],
+            "aux/router_z": sums["router_z"],
+            "experts/load": load_LE,
+            "experts/imbalance": jnp.max(load_LE) * load_LE.shape[1],
+        }
+    return logged

@@ -1,0 +1,119 @@
+"""The run directory: everything a run writes, one process at a time.
+
+config.json      the resolved run
+tokenizer.json   the tokenizer that the run was started with
+run.json         facts of the latest start: devices, versions, parameters, compile time
+checkpoints/     Orbax checkpoints, one folder a step
+metrics/         metrics.jsonl and TensorBoard events
+evaluation.json  held-out scores and sampled answers, at the end
+report.html      all of it, to read
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from sharding.errors import UserError
+from trainer.config import RunConfig
+from trainer.metrics import replace_file
+from trainer.sections import diff, from_plain, to_plain
+
+
+class RunDirectory:
+    """Paths of a run, and what may be read from them."""
+
+    def __init__(self, root: Path):
+        self.root = root.expanduser().absolute()
+        self.config = self.root / "config.json"
+        self.tokenizer = self.root / "tokenizer.json"
+        self.facts = self.root / "run.json"
+        self.checkpoints = self.root / "checkpoints"
+        self.metrics = self.root / "metrics"
+        self.evaluation = self.root / "evaluation.json"
+        self.report = self.root / "report.html"
+        self.lock = self.root / ".lock"
+
+    def create(self) -> None:
+        """Makes the directory; raises `UserError` where that cannot be."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with open(self.lock, "a"):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.root}: cannot be written ({error.strerror}). "
+                "Give another one with --workdir, or free it."
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the directory for this process. The lock goes with the process, however that ends."""
+        with open(self.lock, "a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UserError(
+                    f"run directory {self.root}: {holder} is training here. Wait for it, stop it, "
+                    "or give this run another directory with --workdir."
+                ) from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+            handle.flush()
+            yield
+
+    def settle_config(self, run: RunConfig, allow_change: bool) -> None:
+        """Writes the config; once there is a checkpoint, compares first, and raises `UserError` where they differ."""
+        started = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if started and self.config.exists():
+            differences = diff(read_json(self.config, "the config of the run"), run)
+            if differences and not allow_change:
+                raise UserError(
+                    f"run directory {self.root}: was started with another config:\n  "
+                    + "\n  ".join(differences)
+                    + "\nGive another directory with --workdir to start a new run, or --allow-config-change to go on "
+                    "with the new values."
+                )
+            if not differences:
+                return
+        write_json(self.config, to_plain(run))
+
+    def load_config(self) -> RunConfig:
+        """The run that the directory was started with."""
+        return from_plain(RunConfig, read_json(self.config, "a run directory made by `drover train`"))
+
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Keeps the tokenizer: another Python has another standard library, and would train another one on it."""
+        write_json(self.tokenizer, {"digest": tokenizer.digest, "bpe": tokenizer.serialised})
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that `save_tokenizer` kept; raises `UserError` where it is not whole."""
+        saved = read_json(self.tokenizer, "the tokenizer of a run directory made by `drover train`")
+        tokenizer = Tokenizer(saved["bpe"])
+        if tokenizer.digest != saved["digest"]:
+            raise UserError(
+                f"{self.tokenizer}: digest found {tokenizer.digest}, expected {saved['digest']}. The file was changed, "
+                "or was written by another version; restore it from a copy of the run directory."
+            )
+        return tokenizer
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes atomically: a reader sees the old file or the new one, whenever the writer dies."""
+    replace_file(path, json.dumps(value, indent=1))
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """Reads a JSON file; raises `UserError` that says what should have been there."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected {expected}.") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected {expected}.") from error

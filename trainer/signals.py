@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: the first asks the loop to save and leave, the second leaves at once."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+
+class StopRequest:
+    """What the loop looks at between steps.
+
+    Python runs signal handlers between bytecodes of the main thread, which may be minutes inside the compiler. So a
+    thread reads the signals off a pipe as they arrive: a second one ends the process at once, and so does the first as
+    long as there is nothing to save.
+    """
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self.nothing_to_save = True
+        self.signal_name = ""
+        self.exit_code = 0
+
+    def _watch(self, pipe: int) -> None:
+        for count in range(2):
+            data = os.read(pipe, 1)
+            if not data:  # the pipe was closed: the loop has ended
+                return
+            self.signal_name, self.exit_code = signal.Signals(data[0]).name, 128 + data[0]
+            if count or self.nothing_to_save:
+                print(f"\n{self.signal_name}: left at once.", file=sys.stderr, flush=True)
+                os._exit(self.exit_code)
+            print(
+                f"\n{self.signal_name}: saving, then leaving. Once more to leave at once.", file=sys.stderr, flush=True
+            )
+            self.requested.set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Installs the handlers, and puts the old ones back at the end."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        old_wakeup = signal.set_wakeup_fd(writer)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        thread = threading.Thread(target=self._watch, args=(reader,), daemon=True, name="signals")
+        thread.start()
+        try:
+            yield self
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_wakeup)
+            os.close(writer)
+            thread.join()
+            os.close(reader)

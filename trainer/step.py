@@ -1,0 +1,167 @@
+"""The training step and the evaluation step: pure functions of (state, batch), compiled once.
+
+The function that `train` runs is the one that the tests compare. Letters: L mixture-of-experts layers, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from model.config import ModelConfig
+from model.moe import RouterBias
+from model.transformer import Batch, Transformer
+from trainer.config import RunConfig
+from trainer.objective import Extras, Objective, Sums, extras_for
+from trainer.optimizer import adamw, learning_rate
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; plain nested dicts of arrays."""
+
+    step: jax.Array
+    """Steps done, skipped ones included; also the number of the next batch."""
+    params: Params
+    """Weights."""
+    router_bias: Params
+    """Biases of the expert selection; empty unless `model.router_bias_rate` is set."""
+    optimizer: Any
+    """Optax state."""
+    skipped: jax.Array
+    """Steps skipped so far because the loss or the gradient was not finite."""
+    skipped_in_a_row: jax.Array
+    """Of these, those since the last good one."""
+
+
+class Skeleton:
+    """A model without its arrays: puts weights in, and takes them out as plain nested dicts."""
+
+    def __init__(self, config: ModelConfig, platform: str | None = None):
+        model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), platform))
+        self.config = model.config
+        self._graph, self._params, self._bias = nnx.split(model, nnx.Param, RouterBias)
+
+    @property
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the weights."""
+        return nnx.to_pure_dict(self._params)
+
+    def model(self, params: Params, router_bias: Params) -> Transformer:
+        """The model with these weights."""
+        states = []
+        for template, values in ((self._params, params), (self._bias, router_bias)):
+            state = jax.tree.map(lambda leaf: leaf, template)
+            nnx.replace_by_pure_dict(state, values)
+            states.append(state)
+        return nnx.merge(self._graph, *states)
+
+
+def init_state(run: RunConfig, platform: str | None = None) -> TrainState:
+    """A fresh state from the run's seed."""
+    model = Transformer(run.model, nnx.Rngs(run.seed), platform)
+    _, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    params = nnx.to_pure_dict(params)
+    optimizer = adamw(run.optimizer).init(params)
+    # Three arrays, not one three times: the step donates its state, and a buffer can be given away once.
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, nnx.to_pure_dict(bias), optimizer, skipped, in_a_row)
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...]: micro-batch i is rows i x B / parts and on."""
+    return {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
+
+
+def loss_and_gradient(
+    skeleton: Skeleton, objective: Objective, params: Params, router_bias: Params, batch: Batch, micro_batches: int
+) -> tuple[jax.Array, Sums, Params]:
+    """Loss of the step, sums and gradient with respect to `params`, accumulated over micro-batches."""
+    extras = extras_for(batch, micro_batches)
+
+    def loss(params: Params, part: Batch, extras: Extras) -> tuple[jax.Array, Sums]:
+        return objective(skeleton.model(params, router_bias), part, extras)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if micro_batches == 1:
+        (total, sums), gradient = value_and_grad(params, batch, extras)
+        return total, sums, gradient
+
+    def add_part(carry, part):
+        return jax.tree.map(jnp.add, carry, value_and_grad(params, part, extras)), None
+
+    parts = split_batch(batch, micro_batches)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda array: array[0], parts), extras)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((total, sums), gradient), _ = jax.lax.scan(add_part, zeros, parts)
+    return total, sums, gradient
+
+
+def moved_bias(router_bias: Params, assignments_LE: jax.Array, model: ModelConfig) -> Params:
+    """Each bias moved by `router_bias_rate` against the expert's excess load (arXiv 2408.15664, algorithm 1)."""
+    excess_LE = assignments_LE - jnp.mean(assignments_LE, axis=1, keepdims=True)
+    # Layers are numbered through the super-block first, the biases are stacked over its repeats.
+    moe_places = [i for i, kind in enumerate(model.super_block()) if kind.moe]
+    per_repeat = excess_LE.reshape(-1, len(moe_places), excess_LE.shape[1])
+    moved = {}
+    for i, place in enumerate(moe_places):
+        bias_RE = router_bias["blocks"][place]["ffn"]["router_bias"]
+        change_RE = model.router_bias_rate * jnp.sign(per_repeat[:, i])
+        moved[place] = {"ffn": {"router_bias": bias_RE - change_RE.astype(bias_RE.dtype)}}
+    return {"blocks": moved}
+
+
+def make_train_step(
+    run: RunConfig, skeleton: Skeleton, objective: Objective
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """The training step, not yet compiled.
+
+    A step whose loss or gradient is not finite leaves weights and optimizer as they were, and is counted.
+    """
+    optimizer, rate = adamw(run.optimizer), learning_rate(run.optimizer, run.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        loss, sums, gradient = loss_and_gradient(
+            skeleton, objective, state.params, state.router_bias, batch, run.optimizer.accumulate
+        )
+        norm, lr = optax.tree.norm(gradient), rate(state.step)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def update(state: TrainState) -> tuple[Params, Params, Any]:
+            direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+            params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
+            bias = state.router_bias
+            return params, moved_bias(bias, sums["assignments"], skeleton.config) if bias else bias, optimizer_state
+
+        def keep(state: TrainState) -> tuple[Params, Params, Any]:
+            return state.params, state.router_bias, state.optimizer
+
+        params, router_bias, optimizer_state = jax.lax.cond(finite, update, keep, state)
+        state = TrainState(
+            state.step + 1,
+            params,
+            router_bias,
+            optimizer_state,
+            state.skipped + ~finite,
+            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        health = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        return state, sums | health | {"grad_norm": norm, "learning_rate": lr}
+
+    return train_step
+
+
+def make_eval_step(skeleton: Skeleton, objective: Objective) -> Callable[[Params, Params, Batch], Sums]:
+    """The objective's sums on a held-out batch, not yet compiled."""
+
+    def eval_step(params: Params, router_bias: Params, batch: Batch) -> Sums:
+        return objective(skeleton.model(params, router_bias), batch, extras_for(batch, 1))[1]
+
+    return eval_step
