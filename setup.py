@@ -21,6 +21,7 @@ setup(
     # Lower bounds are the oldest versions that the tests have run with; requirements.lock pins what they run with now.
     install_requires=[
         "absl-py>=2.5,<3",
+        "chex>=0.1.92,<0.2",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.12",
@@ -38,6 +39,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2,<0.12", "tokamax>=0.0.12,<0.1"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "dev": [
+            "autograd>=1.9,<2",
             "hypothesis>=6.170,<7",
             "pyright>=1.1.414,<2",
             "pytest>=9.2,<10",

@@ -39,10 +39,10 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         RunConfig(
             name="tiny",
-            steps=1000,
+            steps=1400,
             model=model,
             data=DataConfig(
-                mixture={"text": 0.25, "scenes": 0.75}, sequence_length=512, batch_size=4, tokenizer_size=1024
+                mixture={"text": 0.2, "scenes": 0.8}, sequence_length=512, batch_size=4, tokenizer_size=1024
             ),
             optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=40),
             checkpoint=CheckpointConfig(every_steps=200),

@@ -160,6 +160,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Command]]:
     generate.flag(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, always takes the likeliest token"
     )
+    generate.flag("--first-line", action="store_true", help="stop at the end of the first line, as answers do")
     generate.flag("--seed", type=int, default=0, metavar="N", help="seed of the draws at a temperature above 0")
 
     report = subparsers.add_parser(
@@ -237,7 +238,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     for piece in pieces:
-        print(piece, end="", flush=True)
+        line, end, _ = piece.partition("\n") if arguments.first_line else (piece, "", "")
+        print(line, end="", flush=True)
+        if end:
+            break
     print()
 
 

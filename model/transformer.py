@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +26,20 @@ Batch = Mapping[str, jax.Array]
 
 EMBED_STD = 1.0
 """Standard deviation of the embedding table where init_std is 0."""
+
+
+def check_batch(batch: Batch, config: ModelConfig) -> None:
+    """Asserts, while tracing, that the arrays have the shapes and types of `Batch`."""
+    names = ("tokens", "segment_ids", "positions")
+    chex.assert_rank([batch[name] for name in names], 2)
+    chex.assert_equal_shape([batch[name] for name in names])
+    chex.assert_type([batch[name] for name in names], int)
+    if "image_tiles" in batch:
+        vision = config.vision
+        assert vision, "the batch has images, the model has no vision encoder"
+        side = vision.image_size
+        chex.assert_shape(batch["image_tiles"], (batch["tokens"].shape[0], None, side, side, 3))
+        chex.assert_shape(batch["image_positions"], (*batch["image_tiles"].shape[:2], vision.tokens_per_tile))
 
 
 class Layer(nnx.Module):
@@ -114,6 +129,7 @@ class Transformer(nnx.Module):
     def __call__(self, batch: Batch, features_BMPD: jax.Array | None = None, capture: bool = False) -> Output:
         """Runs a batch. `features_BMPD`, if given, are used in place of encoding the batch's images again."""
         config = self.config
+        check_batch(batch, config)
         if features_BMPD is None and "image_tiles" in batch:
             features_BMPD = self.encode_images(batch)
         embedded_BSD = self.embed_batch(batch, features_BMPD)

@@ -3,7 +3,7 @@
 It shares no code with `model/` and no framework with it either: `autograd` differentiates plain NumPy, so there is no
 tracing, no precision switch and no kernel to trust. Nothing is packed, padded, scanned, masked or batched: every
 document is run alone, every query gathers the keys that it may see, every token visits its experts one at a time. The
-formulas are those of transformers' `models/llama4`, whose stored answers it reproduces (`tests/test_oracle.py`).
+formulas are those of transformers' `models/llama4`, whose stored answers it reproduces (`tests/golden/test_oracle.py`).
 
 Legend: S tokens of the one document, D width, N query heads, K kv heads, H head width, F ffn width, E experts,
 V vocabulary, M tiles, P patches per tile, W vision width, C chunk.

@@ -24,12 +24,11 @@ def abstract_state(run: RunConfig, device: Any) -> TrainState:
 def initialise(run: RunConfig, checkpoints: Checkpoints, data_digest: str) -> tuple[TrainState, str]:
     """The state to go on from, and one line that says where it came from.
 
-    Raises `UserError` where a checkpoint or a directory does not fit the run, its data is not the run's data, or the
-    device has no room.
+    Raises `UserError` where a checkpoint or a directory does not fit the run, or its data is not the run's
+    data.
     """
     device = jax.devices()[0]
     like = abstract_state(run, device)
-    check_memory(like, device)
 
     def fresh() -> TrainState:
         # With the sharding named, a fresh state and a restored one are the same to the compiler.

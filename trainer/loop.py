@@ -22,7 +22,7 @@ from trainer.decode import Decoder
 from trainer.evaluate import HeldOut, question_scores
 from trainer.feeder import Feeder
 from trainer.flops import flops_per_token, parameter_counts
-from trainer.initialise import initialise
+from trainer.initialise import abstract_state, check_memory, initialise
 from trainer.metrics import MetricsLogger
 from trainer.objective import metrics, next_token_objective
 from trainer.report import write_report
@@ -87,6 +87,7 @@ class Run:
     def _open(self, stack: contextlib.ExitStack) -> None:
         run, device = self.run, jax.devices()[0]
         self.sharding = jax.sharding.SingleDeviceSharding(device)
+        check_memory(abstract_state(run, device), device)
         self.dataset = build_dataset(run.data, run.image_spec, "train")
         self.directory.save_tokenizer(self.dataset.tokenizer)
         if self.dataset.tokenizer.size > run.model.vocab_size:
@@ -194,6 +195,9 @@ class Run:
         seconds, self.last_done = now - self.last_done, now
         in_a_row = int(values.pop("skipped_in_a_row"))
         if pending.step % self.run.log.every_steps == 0 or pending.step in (1, self.run.steps) or in_a_row:
+            for name in self.dataset.source_names:
+                if not values[f"targets/{name}"]:  # the batch has nothing of this source
+                    del values[f"loss/{name}"]
             tokens, tiles = float(values["tokens"]), float(values["tiles"])
             flops = self.flops.training_step(tokens, tiles)
             clock = {

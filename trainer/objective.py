@@ -92,13 +92,14 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
 def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     """What is logged of a step: losses, means by source, auxiliary terms, the experts' load.
 
-    A source without a target in the batch has a loss of NaN. `experts/load` [L, E] are shares of the layer's
+    `targets/<source>` is the weight of its targets; without any, its loss is NaN. `experts/load` [L, E] are shares of the layer's
     assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer.
     """
     named = {"source_loss", "source_weight", "load_balance", "router_z", "assignments"}
     logged = {name: value for name, value in sums.items() if name not in named}
     mean_N = sums["source_loss"] / sums["source_weight"]
-    logged |= {f"loss/{name}": mean_N[i] for i, name in enumerate(source_names)}
+    for i, name in enumerate(source_names):
+        logged |= {f"loss/{name}": mean_N[i], f"targets/{name}": sums["source_weight"][i]}
     if "assignments" in sums:
         load_LE = sums["assignments"] / jnp.maximum(jnp.sum(sums["assignments"], axis=1, keepdims=True), 1)
         logged |= {

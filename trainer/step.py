@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -144,7 +145,7 @@ def make_train_step(
             return state.params, state.router_bias, state.optimizer
 
         params, router_bias, optimizer_state = jax.lax.cond(finite, update, keep, state)
-        state = TrainState(
+        after = TrainState(
             state.step + 1,
             params,
             router_bias,
@@ -152,6 +153,9 @@ def make_train_step(
             state.skipped + ~finite,
             jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
+        # A state that changed shape or type would compile again at the next step, and could not be donated.
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        state = after
         health = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, sums | health | {"grad_norm": norm, "learning_rate": lr}
 

@@ -1,0 +1,134 @@
+"""Checkpoints: a snapshot of the moment, matched by name, explained when damaged."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from sharding.errors import UserError
+from tests.golden.goldens import SHIPPED
+from tests.oracle_cases import TINY
+from trainer.checkpoint import Checkpoints, locate
+from trainer.config import CheckpointConfig, InitConfig, RunConfig
+from trainer.hf_config import model_config_from_hf
+from trainer.initialise import abstract_state, check_memory, initialise
+from trainer.rundir import read_json
+from trainer.step import TrainState, init_state
+
+
+def run_config(model: ModelConfig = TINY, **init: str) -> RunConfig:
+    return RunConfig(steps=200, model=model, data=DataConfig(batch_size=4), init=InitConfig(**init))
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def filled(state: TrainState, value: float) -> TrainState:
+    """Distinct values in every leaf."""
+    leaves, structure = jax.tree.flatten(state)
+    full = [jnp.full(leaf.shape, value + i).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    return dataclasses.replace(jax.tree.unflatten(structure, full), step=jnp.int32(int(value)))
+
+
+def save(folder: Path, state: TrainState, **config: int) -> Checkpoints:
+    checkpoints = Checkpoints(folder, CheckpointConfig(**config))
+    checkpoints.save(state, {"data_digest": "abc"})
+    checkpoints.wait()
+    return checkpoints
+
+
+def device() -> object:
+    return jax.devices()[0]
+
+
+def test_a_save_is_a_snapshot_although_the_step_reuses_the_memory(tmp_path: Path) -> None:
+    """The arrays are donated while the save still runs in the background."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    arrays = {str(i): jnp.full((1024, 1024), i, jnp.float32) for i in range(24)}
+    state = TrainState(jnp.int32(3), arrays, {}, {}, jnp.int32(0), jnp.int32(0))
+    expected, like = jax.device_get(state), jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(state, {})
+    for _ in range(5):
+        arrays = overwrite(arrays)
+    jax.block_until_ready(arrays)
+    checkpoints.wait()
+    assert same(checkpoints.restore(3, like), expected)
+
+
+def test_leaves_are_matched_by_name_even_with_more_than_ten_layers(tmp_path: Path) -> None:
+    model = dataclasses.replace(TINY, num_layers=12, nope_layer_step=12, moe_layer_step=12, router_bias_rate=0.1)
+    like = abstract_state(run_config(model), device())
+    state = filled(init_state(run_config(model)), 7)
+    assert same(save(tmp_path, state).restore(7, like), state)
+
+
+def test_weights_alone_leave_step_and_optimizer_as_they_were(tmp_path: Path) -> None:
+    state = filled(init_state(run_config()), 7)
+    fresh = init_state(run_config())
+    restored = save(tmp_path, state).restore_weights(7, fresh)
+    assert same(restored, dataclasses.replace(fresh, params=state.params, router_bias=state.router_bias))
+
+
+def test_the_policy_keeps_the_latest_and_the_milestones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_every=20))
+    state = init_state(run_config())
+    for step in (10, 20, 30, 40, 50):
+        checkpoints.save(dataclasses.replace(state, step=jnp.int32(step)), {})
+        checkpoints.wait()
+    assert sorted(checkpoints.manager.all_steps()) == [20, 40, 50]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore, after a failed read
+def test_a_damaged_checkpoint_is_named_with_its_cure(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, filled(init_state(run_config()), 7))
+    shutil.rmtree(tmp_path / "7" / "state" / "ocdbt.process_0")
+    shutil.rmtree(tmp_path / "7" / "state" / "d")
+    with pytest.raises(UserError, match=r"checkpoint .*/7: cannot be read") as caught:
+        checkpoints.restore(7, abstract_state(run_config(), device()))
+    assert "delete that folder" in str(caught.value)
+
+
+def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_before_scratch(tmp_path: Path) -> None:
+    golden = next(path for path in SHIPPED if path.name == "text_scout")
+    model = model_config_from_hf(read_json(golden / "config.json", "a config"))
+    other = filled(init_state(run_config(model)), 5)
+    save(tmp_path / "other" / "checkpoints", other)
+    own = Checkpoints(tmp_path / "own" / "checkpoints", CheckpointConfig())
+    both = {"from_run": str(tmp_path / "other"), "pretrained": str(golden)}
+
+    def start(**init: str) -> tuple[TrainState, str]:
+        return initialise(run_config(model, **init), own, "abc")
+
+    scratch, line = start()
+    assert line == "scratch, seed 0"
+    pretrained, line = start(pretrained=str(golden))
+    assert line == f"pretrained weights of {golden}"
+    assert not np.allclose(pretrained.params["embed"], scratch.params["embed"])
+    from_run, line = start(**both)
+    assert line == f"weights of {tmp_path / 'other'}, step 5"
+    assert np.array_equal(from_run.params["embed"], other.params["embed"])
+    own.save(filled(other, 9), {"data_digest": "abc"})
+    own.wait()
+    resumed, line = start(**both)
+    assert line == "own checkpoint, step 9"
+    assert int(resumed.step) == 9
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint found; expected a run directory"):
+        locate(tmp_path)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated() -> None:
+    run = run_config(ModelConfig())  # Scout
+    with pytest.raises(UserError, match=r"need 1,6\d\d\.\d GiB, found .* take a smaller model"):
+        check_memory(abstract_state(run, device()), device())
