@@ -1,6 +1,6 @@
 """One training step of a config on this machine: time, tokens per second, page faults, and where the time goes.
 
-    python -m benchmarks.step [--config configs/tiny.py] [--steps 10] [--no-allocator]
+    python -m benchmarks.step [--config configs/tiny.py] [--config.NAME=VALUE ...] [--steps 10] [--no-allocator]
 
 `--no-allocator` leaves glibc's allocator as it is (see `launch.environment.keep_freed_memory`).
 """
@@ -8,10 +8,12 @@
 import argparse
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
 from launch import environment
+from launch.cli import split_overrides
 
 
 def main() -> None:
@@ -19,15 +21,16 @@ def main() -> None:
     parser.add_argument("--config", default="configs/tiny.py")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no-allocator", action="store_true")
-    options = parser.parse_args()
+    arguments, overrides = split_overrides(sys.argv[1:])
+    options = parser.parse_args(arguments)
     if options.no_allocator:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     else:
         environment.prepare(verbose=False)
-    measure(options.config, options.steps)
+    measure(options.config, overrides, options.steps)
 
 
-def measure(config: str, steps: int) -> None:
+def measure(config: str, overrides: dict[str, str], steps: int) -> None:
     import jax
 
     from data.pipeline import build_dataset
@@ -36,7 +39,7 @@ def measure(config: str, steps: int) -> None:
     from trainer.objective import next_token_objective
     from trainer.step import Skeleton, init_state, make_train_step
 
-    run = load_run(config, {})
+    run = load_run(config, overrides)
     dataset = build_dataset(run.data, run.image_spec, "train")
     batch = jax.device_put(dataset.batch(0))
     objective = next_token_objective(run.objective, len(dataset.source_names))

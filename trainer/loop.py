@@ -26,7 +26,7 @@ from trainer.initialise import abstract_state, check_memory, initialise
 from trainer.metrics import MetricsLogger
 from trainer.objective import metrics, next_token_objective
 from trainer.report import write_report
-from trainer.rundir import RunDirectory, write_json
+from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.sections import to_plain
 from trainer.signals import StopRequest
 from trainer.step import Skeleton, TrainState, make_eval_step, make_train_step
@@ -43,11 +43,26 @@ def train(run: RunConfig, workdir: Path, *, allow_config_change: bool = False) -
     directory = RunDirectory(workdir)
     directory.create()
     with directory.locked(), StopRequest().listening() as stop:
-        directory.settle_config(run, allow_config_change)
+        directory.check_config(run, allow_config_change)
+        if finished(run, directory):
+            return
         configure_jax(run)
         with Run(run, directory, stop, started) as job:
             job.loop()
             job.finish()
+
+
+def finished(run: RunConfig, directory: RunDirectory) -> bool:
+    """Whether there is nothing left to do; if so, shows the scores again."""
+    if not (directory.evaluation.exists() and directory.report.exists() and directory.facts.exists()):
+        return False
+    evaluation = read_json(directory.evaluation, "held-out scores")
+    if evaluation["step"] != run.steps:
+        return False
+    console = Console(run, directory.root, read_json(directory.facts, "facts of the run"))
+    console.scores(evaluation)
+    console.message(f"{directory.root} has all its {run.steps} steps. report: {directory.report}")
+    return True
 
 
 def configure_jax(run: RunConfig) -> None:
@@ -89,7 +104,6 @@ class Run:
         self.sharding = jax.sharding.SingleDeviceSharding(device)
         check_memory(abstract_state(run, device), device)
         self.dataset = build_dataset(run.data, run.image_spec, "train")
-        self.directory.save_tokenizer(self.dataset.tokenizer)
         if self.dataset.tokenizer.size > run.model.vocab_size:
             raise UserError(
                 f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, the "
@@ -104,6 +118,7 @@ class Run:
         stack.callback(self.feeder.close)
 
         self.state, origin = initialise(run, self.checkpoints, self.dataset.digest)
+        self.directory.save(run, self.dataset.tokenizer)  # not before: nothing is changed by a start that is refused
         self.start = start
         skeleton = Skeleton(run.model, device.platform)
         objective = next_token_objective(run.objective, len(self.dataset.source_names))
@@ -258,6 +273,8 @@ class Run:
     def finish(self) -> None:
         """The last checkpoint on disk, held-out scores, report."""
         self._wait_for_checkpoints()
+        if self.stop.requested.is_set():
+            self._leave(self.run.steps)
         run, params, bias = self.run, self.state.params, self.state.router_bias
         scores = self.held_out.score(params, bias, run.eval.final_batches)
         evaluation: dict[str, Any] = {

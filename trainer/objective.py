@@ -92,8 +92,8 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
 def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     """What is logged of a step: losses, means by source, auxiliary terms, the experts' load.
 
-    `targets/<source>` is the weight of its targets; without any, its loss is NaN. `experts/load` [L, E] are shares of the layer's
-    assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer.
+    `targets/<source>` is the weight of its targets; without any, its loss is NaN. `experts/load` [L, E] are shares of
+    the layer's assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer.
     """
     named = {"source_loss", "source_weight", "load_balance", "router_z", "assignments"}
     logged = {name: value for name, value in sums.items() if name not in named}

@@ -68,32 +68,31 @@ class RunDirectory:
             handle.flush()
             yield
 
-    def settle_config(self, run: RunConfig, allow_change: bool) -> None:
-        """Writes the config; once there is a checkpoint, compares first, and raises `UserError` where they differ."""
+    def check_config(self, run: RunConfig, allow_change: bool) -> None:
+        """Once there is a checkpoint, refuses a config that differs, with the differences, unless they are allowed."""
         started = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if started and self.config.exists():
-            differences = diff(read_json(self.config, "the config of the run"), run)
-            if differences and not allow_change:
-                raise UserError(
-                    f"run directory {self.root}: was started with another config:\n  "
-                    + "\n  ".join(differences)
-                    + "\nGive another directory with --workdir to start a new run, or --allow-config-change to go on "
-                    "with the new values."
-                )
-            if not differences:
-                return
-        write_json(self.config, to_plain(run))
+        if not (started and self.config.exists()) or allow_change:
+            return
+        differences = diff(read_json(self.config, "the config of the run"), run)
+        if differences:
+            raise UserError(
+                f"run directory {self.root}: was started with another config:\n  "
+                + "\n  ".join(differences)
+                + "\nGive another directory with --workdir to start a new run, or --allow-config-change to go on "
+                "with the new values."
+            )
 
     def load_config(self) -> RunConfig:
         """The run that the directory was started with."""
         return from_plain(RunConfig, read_json(self.config, "a run directory made by `drover train`"))
 
-    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Keeps the tokenizer: another Python has another standard library, and would train another one on it."""
+    def save(self, run: RunConfig, tokenizer: Tokenizer) -> None:
+        """Writes the config, and keeps the tokenizer: another Python has another standard library to train one on."""
+        write_json(self.config, to_plain(run))
         write_json(self.tokenizer, {"digest": tokenizer.digest, "bpe": tokenizer.serialised})
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that `save_tokenizer` kept; raises `UserError` where it is not whole."""
+        """The tokenizer that `save` kept; raises `UserError` where it is not whole."""
         saved = read_json(self.tokenizer, "the tokenizer of a run directory made by `drover train`")
         tokenizer = Tokenizer(saved["bpe"])
         if tokenizer.digest != saved["digest"]:

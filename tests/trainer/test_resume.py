@@ -111,7 +111,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(undisturbed: Pat
 
 def test_before_the_first_step_a_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     process = start(tmp_path)
-    wait_until(lambda: (tmp_path / "config.json").exists(), process)
+    wait_until(lambda: (tmp_path / ".lock").exists() and (tmp_path / ".lock").read_text(), process)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     finish(process, 128 + signal.SIGINT)
@@ -139,6 +139,15 @@ def test_other_data_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     output = finish(start(workdir, "--config.data.seed=1", "--allow-config-change"), 2)
     assert "was trained on data" in output and "--config.init.from_run" in output
+    for name in ("config.json", "tokenizer.json"):
+        assert (workdir / name).read_text() == (undisturbed / name).read_text()  # a refused start changes nothing
+
+
+def test_a_finished_run_says_so_at_once_and_shows_its_scores(undisturbed: Path) -> None:
+    before = (undisturbed / "metrics" / "metrics.jsonl").read_text()
+    output = finish(start(undisturbed))
+    assert f"has all its {STEPS} steps" in output and "report.html" in output
+    assert (undisturbed / "metrics" / "metrics.jsonl").read_text() == before
 
 
 def test_a_new_run_starts_from_the_weights_of_another(undisturbed: Path, tmp_path: Path) -> None:
