@@ -139,7 +139,7 @@ class _Explained:
                 "goes on from the checkpoint before it."
             ) from error
         raise UserError(
-            f"checkpoints {self.path}: cannot be written: {reason}\nThe checkpoint before is whole. Free space or mend "
+            f"checkpoints {self.path}: cannot be written: {reason}\nEarlier checkpoints are whole. Free space or mend "
             "the permissions, then start the same command again."
         ) from error
 

@@ -40,7 +40,7 @@ p.note, p.empty { color: var(--soft); font-size: 13px; margin-top: 6px; max-widt
   margin: 22px 0 0; padding: 12px 16px; border-left: 4px solid var(--warn); background: var(--warn-paper); border-radius: 4px;
   max-width: none;
 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); margin: 28px 0 0; overflow: hidden;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); margin: 28px 0 0; overflow: hidden;
   border-top: 1px solid var(--frame); border-bottom: 1px solid var(--frame); }
 .tile { padding: 14px 16px 12px; border-left: 1px solid var(--rule); border-top: 1px solid var(--rule); margin: -1px 0 0 -1px; }
 .tile b { display: block; font-size: 27px; line-height: 1.2; font-weight: 640; letter-spacing: -0.02em; white-space: nowrap; }

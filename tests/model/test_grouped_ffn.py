@@ -60,6 +60,28 @@ def test_values_and_gradients_equal_one_dense_product_per_expert(kernel: str, ca
             np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-11, err_msg=f"{name}, expert {e}")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU (and JAX_PLATFORMS=cuda)")
+@pytest.mark.parametrize("sizes", [(1000, 0, 1047, 1), (0, 0, 2048, 0), (512, 512, 512, 512)], ids=str)
+def test_the_gpu_kernel_equals_one_dense_product_per_expert(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    width, ffn = 256, 512
+    shapes = ((2048 + UNUSED, width), (E, width, ffn), (E, width, ffn), (E, ffn, width))
+    arrays = [jnp.asarray(rng.normal(size=shape) * shape[-2] ** -0.5, jnp.bfloat16) for shape in shapes]
+    arrays[0] = arrays[0] * shapes[0][0] ** 0.5
+
+    def run(function, dtype):
+        cast = [array.astype(dtype) for array in arrays]
+        loss = jax.grad(lambda *a: jnp.sum(function(*a).astype(jnp.float32)[: sum(sizes)] ** 2), argnums=(0, 1, 2, 3))
+        return loss(*cast)
+
+    got = run(lambda *a: grouped_ffn.tokamax_ffn(*a, jnp.asarray(sizes, jnp.int32)), jnp.bfloat16)
+    want = run(lambda *a: grouped_ffn.ragged_ffn(*a, jnp.asarray(sizes, jnp.int32)), jnp.float32)
+    for g, w in zip(got, want, strict=True):
+        error = jnp.linalg.norm((g.astype(jnp.float32) - w)[: sum(sizes)]) / jnp.linalg.norm(w[: sum(sizes)])
+        assert error < 0.03
+
+
 def test_auto_picks_by_the_platform_of_the_devices_and_a_choice_stands() -> None:
     chosen = [grouped_ffn.kernel_for(platform, "auto") for platform in ("cpu", "gpu", "tpu")]
     assert chosen == ["blocks", "tokamax", "ragged_dot"]
