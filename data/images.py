@@ -65,29 +65,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def choose_canvas(height: int, width: int, tile_size: int, max_tiles: int, largest: bool = False) -> tuple[int, int]:
+def choose_canvas(height: int, width: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
     """Rows and columns of tiles for a picture of this size.
 
     The smallest canvas on which the picture need not shrink, else the one on which it shrinks least; of several, the
-    one with the smallest area. `largest` takes the canvas on which the picture can grow most instead of least.
+    one with the smallest area.
     """
     canvases = _canvases(max_tiles)
     size = np.array([(rows * tile_size, columns * tile_size) for rows, columns in canvases], np.float32)
     scales = np.minimum(size[:, 1] / np.float32(width), size[:, 0] / np.float32(height))
     growing = scales[scales >= 1]
-    best = growing.min() if growing.size and not largest else scales.max()
+    best = growing.min() if growing.size else scales.max()
     return min((canvases[i] for i in np.flatnonzero(scales == best)), key=math.prod)
 
 
-def resized(height: int, width: int, tile_size: int, canvas: tuple[int, int], largest: bool = False) -> tuple[int, int]:
+def resized(height: int, width: int, tile_size: int, canvas: tuple[int, int]) -> tuple[int, int]:
     """(height, width) that the picture is scaled to before it is padded to the canvas, its aspect ratio kept.
 
-    Unless `largest`, a picture grows to at most one tile a side.
+    A picture grows to at most one tile a side.
     """
-    target_h, target_w = canvas[0] * tile_size, canvas[1] * tile_size
-    if not largest:
-        target_h = min(max(height, tile_size), target_h)
-        target_w = min(max(width, tile_size), target_w)
+    target_h = min(max(height, tile_size), canvas[0] * tile_size)
+    target_w = min(max(width, tile_size), canvas[1] * tile_size)
     scale_h, scale_w = target_h / height, target_w / width
     if scale_w < scale_h:
         return max(min(math.floor(height * scale_w), target_h), 1), target_w

@@ -72,12 +72,6 @@ class Packing:
         order = np.random.default_rng([self._seed, 2, cycle, window]).permutation(len(rows))
         return rows[order[n - (int(ends[at - 1]) if at else 0)]]
 
-    def rows_per_cycle(self) -> int:
-        """Rows until every document has appeared; packs the whole cycle."""
-        while self._covers(len(self._ends) and self._ends[-1]):
-            pass
-        return self._ends[-1]
-
     def _covers(self, n: int) -> bool:
         """Packs windows until row n is reached; False if the cycle has no such row."""
         with self._lock:

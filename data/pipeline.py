@@ -29,6 +29,7 @@ class Dataset:
         tokenizer: the tokenizer, trained on the training split.
         source_names: sources with a weight above zero; `source_ids` counts them from 1.
         digest: names what the batches are made of. Two datasets with one digest give the same batches.
+        notes: what is missing from the data or out of the ordinary, one line for the user each; most often none.
     """
 
     def __init__(self, config: DataConfig, image: ImageSpec | None, held_out: bool):
@@ -46,13 +47,10 @@ class Dataset:
             config.seed,
         )
         self.digest = _digest(config, image, self.tokenizer.digest, self._sources)
+        self.notes = tuple(note for source in self._sources for note in source.notes)
 
     def __reduce__(self):
         return Dataset, (self.config, self.image, self._held_out)
-
-    def row_documents(self, n: int) -> list[tuple[str, int]]:
-        """(source, number) of each document in row n; batch b holds rows b * batch_size and on."""
-        return [(self.source_names[s], d) for s, d in self._packing.row(n)]
 
     def batch(self, n: int) -> Batch:
         """Batch n.

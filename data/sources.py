@@ -5,7 +5,6 @@ drawn when a document is read.
 """
 
 import hashlib
-import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +23,8 @@ from sharding.errors import UserError
 
 HELD_OUT_SCENES = 4096
 
-_FORMAT = "1"
+_FORMAT = "2"
 _SCENES_FOR_TOKENIZER = 2000
-
-log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -58,6 +55,8 @@ class Source:
     """Ids that are never predicted."""
     answer_weight: float = 1.0
     make_tiles: Callable[[int], np.ndarray] | None = None
+    notes: tuple[str, ...] = ()
+    """What is missing or out of the ordinary, one line for the user each."""
 
     def __len__(self) -> int:
         return len(self.tile_counts)
@@ -82,7 +81,7 @@ def load_tokenizer(config: DataConfig, image: ImageSpec | None) -> Tokenizer:
         return load_bytes()
     texts = []
     if config.mixture.get("text", 0) > 0:
-        texts += [file.text for file in text.standard_library() if not file.held_out]
+        texts += [file.text for file in text.standard_library().files if not file.held_out]
     if image is not None and config.mixture.get("scenes", 0) > 0:
         for index in range(_SCENES_FOR_TOKENIZER):
             _, pieces = _scene_document(config, image, index)
@@ -119,9 +118,14 @@ def scene_prefix(scene: drawn.Scene, image: ImageSpec, tokenizer: Tokenizer) -> 
 
 
 def _text(config: DataConfig, held_out: bool, tokenizer: Tokenizer) -> Source:
-    files = [file for file in text.standard_library() if file.held_out == held_out]
+    corpus = text.standard_library()
+    files = [file for file in corpus.files if file.held_out == held_out]
     name = _cache_name("text", text.digest(files), tokenizer.digest, config.sequence_length)
     stored = cache.arrays(cache_folder(config), name, lambda: _index_text(files, tokenizer, config.sequence_length))
+    notes, cut = corpus.notes, int(stored["cut_within_line"])
+    if cut:
+        documents = f"{'held-out ' if held_out else ''}{'document was' if cut == 1 else 'documents were'}"
+        notes += (f"text: {cut} {documents} cut within a line to fit {config.sequence_length} tokens",)
     return Source(
         name="text",
         tokens=stored["tokens"],
@@ -129,6 +133,7 @@ def _text(config: DataConfig, held_out: bool, tokenizer: Tokenizer) -> Source:
         starts=stored["starts"],
         tile_counts=np.zeros(len(stored["starts"]) - 1, np.int32),
         unweighted=(tokenizer.special[BEGIN_OF_TEXT],),
+        notes=notes,
     )
 
 
@@ -136,7 +141,7 @@ def _index_text(files: list[text.TextFile], tokenizer: Tokenizer, limit: int) ->
     """Cuts files into documents of at most `limit` tokens, before the end of a line where lines are short enough.
 
     Each document begins with begin-of-text; the last of a file ends with end-of-text. A line that is longer than a
-    document is cut within; how many were is logged.
+    document is cut within; how many were is kept with the index.
     """
     begin, end = tokenizer.special[BEGIN_OF_TEXT], tokenizer.special[END_OF_TEXT]
     if limit < 3:
@@ -157,9 +162,11 @@ def _index_text(files: list[text.TextFile], tokenizer: Tokenizer, limit: int) ->
             documents += [[begin], ids_S[at:stop]]
             starts.append(starts[-1] + 1 + stop - at)
             at = stop
-    if cut_within:
-        log.info("text: %d of %d documents end within a line, to fit %d tokens", cut_within, len(starts) - 1, limit)
-    return {"tokens": _compact(np.concatenate(documents), tokenizer), "starts": np.array(starts, np.int64)}
+    return {
+        "tokens": _compact(np.concatenate(documents), tokenizer),
+        "starts": np.array(starts, np.int64),
+        "cut_within_line": np.array(cut_within, np.int64),
+    }
 
 
 def _scenes(config: DataConfig, image: ImageSpec | None, held_out: bool, tokenizer: Tokenizer) -> Source:

@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
     """Makes glibc keep the memory that XLA frees, in one arena, instead of giving it back to the kernel.
 
     On a CPU every step allocates the same large temporaries. By default each is mapped anew and the kernel clears its
-    pages, 100,000 page faults in a step of the tiny run: `python -m benchmarks.step`, with and without `--no-allocator`.
+    pages, 88,000 page faults in a step of the tiny run: `python -m benchmarks.step`, with and without `--no-allocator`.
     Threads that exist keep the arenas they have, so this must come before jax starts its own.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
@@ -59,6 +59,9 @@ def _quieten() -> None:
 
     # A full disk alone makes Orbax log four tracebacks. A filter and not a level, which parsing absl's flags resets.
     get_absl_logger().addFilter(lambda record: record.levelno > logging.ERROR)
+
+    # TensorStore's own tasks fail there as well, each with a traceback, for one array that does not fit.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
     before = sys.unraisablehook
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 Problem = tuple[str, str]
 """(field, what was found, what was expected and what to do)."""
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+ParamDtype = Literal["float32", "float64"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class RopeScaling:
     def problems(self) -> Iterator[Problem]:
         if self.factor < 1:
             yield "factor", f"found {self.factor}, expected 1 or more"
+        for name in ("low_freq_factor", "high_freq_factor"):
+            if getattr(self, name) <= 0:
+                yield name, f"found {getattr(self, name)}, expected more than 0"
         if self.low_freq_factor > self.high_freq_factor:
             yield (
                 "low_freq_factor",
@@ -79,6 +83,8 @@ class VisionConfig:
                 f"found {self.num_heads}, expected a divisor of hidden_size={self.hidden_size} that leaves heads whose "
                 "width is a multiple of 4 (two rotary axes of complex pairs)",
             )
+        if self.rope_theta <= 1:
+            yield "rope_theta", f"found {self.rope_theta}, expected more than 1"
 
 
 class LayerKind(NamedTuple):
@@ -93,6 +99,8 @@ class LayerKind(NamedTuple):
 @dataclass(frozen=True)
 class ModelConfig:
     """The decoder, and the vision encoder if there is one. Defaults are Llama 4 Scout's."""
+
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"moe_layer_step", "nope_layer_step"})
 
     vocab_size: int = 202048
     """Rows of the embedding table and columns of the output head."""
@@ -146,8 +154,8 @@ class ModelConfig:
     """The vision encoder; None for a text-only model."""
     dtype: Dtype = "float32"
     """Precision of the computation. Norms, router, rotary embedding and softmax are at least float32."""
-    param_dtype: Dtype = "float32"
-    """Precision in which the weights are kept."""
+    param_dtype: ParamDtype = "float32"
+    """Precision of weights, gradients and optimizer moments. Not bfloat16, which would round small updates away."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole super-blocks."""
     scan_layers: bool = True
@@ -182,11 +190,22 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             yield "head_dim", f"found {self.head_dim}, expected an even number (rotary embedding turns pairs)"
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            yield "experts_per_token", f"found {self.experts_per_token}, expected 1 to num_experts={self.num_experts}"
+        if self.experts_per_token > self.num_experts:
+            yield (
+                "experts_per_token",
+                f"found {self.experts_per_token}, expected at most num_experts={self.num_experts}",
+            )
+        if self.rope_theta <= 1:
+            yield "rope_theta", f"found {self.rope_theta}, expected more than 1"
+        if self.norm_eps <= 0:
+            yield "norm_eps", f"found {self.norm_eps}, expected more than 0"
         if self.temperature_tuning and not self.temperature_floor:
             yield "temperature_floor", "found 0.0, expected more than 0 with temperature_tuning"
         for name in ("moe_layers", "nope_layers"):
-            outside = [i for i in getattr(self, name) or () if not 0 <= i < self.num_layers]
+            layers = getattr(self, name) or ()
+            outside = [i for i in layers if i >= self.num_layers]
             if outside:
                 yield name, f"found layers {outside}, expected 0 to {self.num_layers - 1}"
+            twice = sorted({i for i in layers if layers.count(i) > 1})
+            if twice:
+                yield name, f"found layers {twice} more than once, expected each layer once"

@@ -1,10 +1,11 @@
 """The experts' SwiGLU over rows sorted by expert: one seam, one implementation per platform.
 
-Every implementation computes, for the rows of each group e, `(silu(x gate_e) * (x up_e)) down_e`, and zero for the rows
-after the last group. Which one is used is chosen by platform, from measurement:
+Every implementation computes `(silu(x gate_e) * (x up_e)) down_e` for the rows of each group e. What it gives for rows
+after the last group is undefined: `grouped_ffn` clears them, before and after, whatever the kernel. Which one is used is
+chosen by platform, from measurement:
 
-- CPU: `blocks`. `lax.ragged_dot` there computes every expert on every row (8 experts: 5 to 9 times a dense layer of the
-  same work; `benchmarks/experts.py` prints it).
+- CPU: `blocks`. `lax.ragged_dot` there computes every expert on every row (8 experts: 8 times a dense layer of the same
+  work; `benchmarks/experts.py` prints it).
 - TPU: `ragged_dot`, a native kernel. GPU: `tokamax`, since XLA masks there as it does on CPU.
 
 Letters: A rows (assignments, sorted by expert), D width, F expert width, E experts.
@@ -12,6 +13,7 @@ Letters: A rows (assignments, sorted by expert), D width, F expert width, E expe
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from jax import lax
 BLOCK_ROWS = 128
 """Rows that the CPU kernel multiplies at once; the last block of each group is padded to it in registers only."""
 
-GroupedFFN = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+GroupedFFN = Callable[..., jax.Array]
 
 
 def kernel_for(platform: str, choice: str) -> str:
@@ -29,8 +31,18 @@ def kernel_for(platform: str, choice: str) -> str:
 
 
 def grouped_ffn(name: str) -> GroupedFFN:
-    """The implementation called `name`: (x [A,D], gate [E,D,F], up [E,D,F], down [E,F,D], sizes [E]) -> [A,D]."""
-    return {"blocks": blocks_ffn, "ragged_dot": ragged_ffn, "tokamax": tokamax_ffn}[name]
+    """The implementation called `name`: (x [A,D], gate [E,D,F], up [E,D,F], down [E,F,D], sizes [E]) -> [A,D].
+
+    Rows after the last group give zeros, and have no gradient.
+    """
+    kernel = {"blocks": blocks_ffn, "ragged_dot": ragged_ffn, "tokamax": tokamax_ffn}[name]
+
+    def cleared(x_AD, gate_EDF, up_EDF, down_EFD, sizes_E) -> jax.Array:
+        used = (jnp.arange(x_AD.shape[0]) < jnp.sum(sizes_E))[:, None]
+        y_AD: Any = kernel(jnp.where(used, x_AD, 0), gate_EDF, up_EDF, down_EFD, sizes_E)
+        return jnp.where(used, y_AD, 0)
+
+    return cleared
 
 
 def ragged_ffn(x_AD, gate_EDF, up_EDF, down_EFD, sizes_E) -> jax.Array:
@@ -41,7 +53,7 @@ def ragged_ffn(x_AD, gate_EDF, up_EDF, down_EFD, sizes_E) -> jax.Array:
 
 def tokamax_ffn(x_AD, gate_EDF, up_EDF, down_EFD, sizes_E) -> jax.Array:
     """Three `tokamax.ragged_dot`s (Triton or Mosaic kernels)."""
-    import tokamax  # slow to import, and only a GPU needs it
+    import tokamax  # pyright: ignore[reportMissingImports]  (slow to import, and only a GPU needs it)
 
     dot = functools.partial(tokamax.ragged_dot, group_sizes=sizes_E)
     return dot(jax.nn.silu(dot(x_AD, gate_EDF)) * dot(x_AD, up_EDF), down_EFD)
@@ -79,11 +91,6 @@ def _pad(array: jax.Array) -> jax.Array:
     return jnp.pad(array, ((0, BLOCK_ROWS), (0, 0)))
 
 
-def _clear_tail(y_AD: jax.Array, sizes_E: jax.Array, rows: int) -> jax.Array:
-    """Zeroes what the last block wrote beyond the last group, and drops the padding."""
-    return jnp.where((jnp.arange(rows) < jnp.sum(sizes_E))[:, None], y_AD[:rows], 0)
-
-
 @jax.custom_vjp
 def blocks_ffn(x_AD, gate_EDF, up_EDF, down_EFD, sizes_E) -> jax.Array:
     """A loop over blocks of rows, as many as the group sizes ask for; dropless, and no row is multiplied twice.
@@ -106,15 +113,15 @@ def _blocks_forward(x_AD, gate_EDF, up_EDF, down_EFD, sizes_E):
         return _set_rows(y, out, start), _set_rows(gates, gate, start), _set_rows(ups, up, start)
 
     y, gates, ups = _group_loop(sizes_E, (jnp.zeros_like(x_pad), empty, empty), block)
-    return _clear_tail(y, sizes_E, rows), (x_AD, gate_EDF, up_EDF, down_EFD, sizes_E, gates, ups)
+    return y[:rows], (x_AD, gate_EDF, up_EDF, down_EFD, sizes_E, gates, ups)
 
 
 def _blocks_backward(residuals, dy_AD):
     x_AD, gate_EDF, up_EDF, down_EFD, sizes_E, gates, ups = residuals
     x_pad, dy_pad = _pad(x_AD), _pad(dy_AD)
 
-    def accumulate(total_EXY, expert, part_XY):
-        return total_EXY.at[expert].add(part_XY)
+    def accumulate(total_EXY, expert, a_bX, b_bY):
+        return total_EXY.at[expert].add(jnp.matmul(a_bX.T, b_bY, preferred_element_type=total_EXY.dtype))
 
     def block(carry, expert, start, valid):
         dx, d_gate, d_up, d_down = carry
@@ -129,14 +136,17 @@ def _blocks_backward(residuals, dy_AD):
         # Rows of the next group carry dy = 0 here, so they add nothing to these weights.
         return (
             _set_rows(dx, out, start),
-            accumulate(d_gate, expert, x.T @ d_a),
-            accumulate(d_up, expert, x.T @ d_b),
-            accumulate(d_down, expert, (silu * up).T @ dy),
+            accumulate(d_gate, expert, x, d_a),
+            accumulate(d_up, expert, x, d_b),
+            accumulate(d_down, expert, silu * up, dy),
         )
 
-    zeros = tuple(jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD))
-    dx, d_gate, d_up, d_down = _group_loop(sizes_E, (jnp.zeros_like(x_pad), *zeros), block)
-    return _clear_tail(dx, sizes_E, x_AD.shape[0]), d_gate, d_up, d_down, None
+    # One addition a block: in bfloat16 the sum of many would stall.
+    wide = jnp.promote_types(x_AD.dtype, jnp.float32)
+    zeros = tuple(jnp.zeros(w.shape, wide) for w in (gate_EDF, up_EDF, down_EFD))
+    dx, *totals = _group_loop(sizes_E, (jnp.zeros_like(x_pad), *zeros), block)
+    d_gate, d_up, d_down = (total.astype(dx.dtype) for total in totals)
+    return dx[: x_AD.shape[0]], d_gate, d_up, d_down, None
 
 
 blocks_ffn.defvjp(_blocks_forward, _blocks_backward)

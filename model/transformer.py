@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
         """Runs a batch. `features_BMPD`, if given, are used in place of encoding the batch's images again."""
         config = self.config
         check_batch(batch, config)
-        if features_BMPD is None and "image_tiles" in batch:
+        if features_BMPD is None and "image_tiles" in batch and batch["image_tiles"].shape[1]:
             features_BMPD = self.encode_images(batch)
         embedded_BSD = self.embed_batch(batch, features_BMPD)
         layout = Layout.of(batch["segment_ids"], batch["positions"], config)

@@ -44,6 +44,10 @@ def test_modules_that_are_run_explain_themselves(module: str, monkeypatch: pytes
     assert done.value.code == 0
 
 
+def test_no_table_is_left_to_be_filled_in() -> None:
+    assert re.findall(r"^[A-Z_]+_TABLE$", TEXT, re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z]+)`", TEXT)) | {"install", "train", "test"}))
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -1,7 +1,8 @@
 """Checkpoints: the training state, with the config and the position in the data, by Orbax.
 
 Saving is asynchronous and atomic: Orbax writes to a temporary folder and renames it when all is there, so a killed save
-leaves the checkpoint before it. A checkpoint folder holds `state` (arrays) and `run` (JSON: config, data digest, step).
+leaves the checkpoint before it. A checkpoint folder holds `state` (arrays) and `run` (JSON: config, next batch,
+digests of data and tokenizer).
 """
 
 import dataclasses
@@ -58,17 +59,15 @@ class Checkpoints:
 
     def save(self, state: TrainState, metadata: Metadata) -> None:
         """Starts to save `state` under its step; returns when the arrays are copied, before they are on disk."""
-        step = int(state.step)
-        if step in self.manager.all_steps():
-            return
         with self._explained():
-            self.manager.save(
-                step,
+            started = self.manager.save(
+                int(state.step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_on_disk(state)),  # pyright: ignore[reportCallIssue]
                     run=ocp.args.JsonSave(metadata),  # pyright: ignore[reportCallIssue]
                 ),
             )
+            assert started, f"Orbax declined to save step {int(state.step)}"
 
     def busy(self) -> bool:
         """Whether a save is still going on in the background."""
@@ -92,6 +91,7 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, dtypes and shardings of `like` (arrays or their shapes)."""
+        self._check_fits(step, _named(like))
         with self._explained(step):
             args = ocp.args.StandardRestore(_on_disk(like))  # pyright: ignore[reportCallIssue]
             saved = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
@@ -101,6 +101,7 @@ class Checkpoints:
         """`like` with the weights and router biases saved at `step`; its step, optimizer and counters stay."""
         weights = {"params": like.params, "router_bias": like.router_bias}
         wanted = _on_disk(weights)
+        self._check_fits(step, _named(weights))
         with self._explained(step):
             args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
                 item=wanted,  # pyright: ignore[reportCallIssue]
@@ -112,6 +113,33 @@ class Checkpoints:
                 saved = checkpointer.restore(path, args=args)
 
         return dataclasses.replace(like, **_like(weights, saved))
+
+    def _check_fits(self, step: int, wanted: dict[tuple[str, ...], Any]) -> None:
+        """Raises `UserError` where the arrays of a checkpoint are not those of the model."""
+        path = self.directory / str(step)
+        with self._explained(step), ocp.PyTreeCheckpointer() as checkpointer:
+            stored: Any = checkpointer.metadata(path / "state").item_metadata
+            leaves: dict[Any, Any] = traverse_util.flatten_dict(stored.tree)
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        tops = {name[0] for name in wanted}
+
+        def weights_first(name: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
+            return name[0] != "params", name
+
+        differing = [
+            f"{'.'.join(name)}: found {shapes.get(name, 'nothing')}, expected "
+            f"{tuple(wanted[name].shape) if name in wanted else 'nothing'}"
+            for name in sorted(wanted.keys() | {name for name in shapes if name[0] in tops}, key=weights_first)
+            if name not in wanted or shapes.get(name) != tuple(wanted[name].shape)
+        ]
+        if differing:
+            more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise UserError(
+                f"checkpoint {path}: holds another model than the config describes:\n  "
+                + "\n  ".join(differing[:5])
+                + f"{more}\nMake the options under model the same as in that checkpoint's run "
+                "(`drover config` prints them, and config.json in its run directory keeps them)."
+            )
 
     def close(self) -> None:
         self.manager.close()

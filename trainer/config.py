@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data.config import DataConfig, ImageSpec
 from model.config import ModelConfig
@@ -14,6 +14,8 @@ Problem = tuple[str, str]
 class OptimizerConfig:
     """AdamW, its schedule, clipping and accumulation."""
 
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"warmup_steps", "decay_steps"})
+
     peak_lr: float = 3e-4
     """Learning rate at the end of the warmup."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -21,7 +23,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps of linear warmup from zero."""
     decay_steps: int = 0
-    """wsd only: steps at the end of the run in which the rate falls."""
+    """Steps at the end of the run in which the rate falls: 1 or more with wsd, 0 with the other schedules."""
     final_lr_fraction: float = 0.1
     """Final learning rate, as a fraction of peak_lr."""
     beta1: float = 0.9
@@ -40,8 +42,9 @@ class OptimizerConfig:
     """Steps in a row whose loss or gradient is not finite (each is skipped) before the run stops."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.schedule == "wsd" and self.decay_steps < 1:
-            yield "decay_steps", f"found {self.decay_steps}, expected 1 or more with schedule='wsd'"
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            wanted = "1 or more" if self.schedule == "wsd" else "0"
+            yield "decay_steps", f"found {self.decay_steps}, expected {wanted} with schedule={self.schedule!r}"
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 yield name, f"found {getattr(self, name)}, expected less than 1"
@@ -62,6 +65,8 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
+
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"keep_every"})
 
     every_steps: int = 200
     """Steps between checkpoints; the last step and an interrupted one are always saved."""
@@ -85,6 +90,8 @@ class InitConfig:
 class EvalConfig:
     """Held-out scores: the training objective in the loop, generated answers at the end."""
 
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"questions"})
+
     every_steps: int = 100
     """Steps between evaluations of the objective on held-out data."""
     batches: int = 4
@@ -106,6 +113,9 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
+
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"seed"})
+    """Whole numbers that may be 0; all others, in every section, are at least 1."""
 
     name: str = "run"
     """Names the default run directory, runs/<name>."""
@@ -150,4 +160,10 @@ class RunConfig:
             yield (
                 "optimizer.warmup_steps",
                 f"found {self.optimizer.warmup_steps}, expected less than steps={self.steps}",
+            )
+        elif self.optimizer.decay_steps > self.steps - self.optimizer.warmup_steps:
+            yield (
+                "optimizer.decay_steps",
+                f"found {self.optimizer.decay_steps}, expected at most {self.steps - self.optimizer.warmup_steps}, the "
+                "steps that the warmup leaves: steps - optimizer.warmup_steps",
             )

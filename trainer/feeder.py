@@ -59,6 +59,6 @@ class Feeder:
         return item, waited
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; one that waits for a stalled worker is left behind, and ends with the process."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(timeout=5)

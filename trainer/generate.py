@@ -16,6 +16,7 @@ from trainer.config import RunConfig
 from trainer.decode import Decoder, Prompt
 from trainer.initialise import abstract_state
 from trainer.rundir import RunDirectory
+from trainer.runtime import configure_jax
 from trainer.step import Skeleton
 
 
@@ -29,6 +30,7 @@ def generate(
     """
     directory = RunDirectory(workdir)
     run = directory.load_config()
+    configure_jax(run)
     tokenizer = directory.load_tokenizer()
     request = make_prompt(run, tokenizer, prompt, images)
     checkpoints = Checkpoints(directory.checkpoints)

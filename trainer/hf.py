@@ -27,8 +27,6 @@ Tree = dict[Any, Any]
 _LISTED = 40
 """Tensors named in one error message."""
 
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
-
 _SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -188,7 +186,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> Tree:
             + "\nSet the config's model section to the sizes in the checkpoint's config.json."
         )
     tree: Tree = {}
-    dtype = _DTYPES[model.param_dtype]
+    dtype = np.dtype(model.param_dtype)
     for leaf in leaves:
         shape = (len(leaf.names), *leaf.shape) if leaf.stacked else leaf.shape
         value = np.empty(shape, dtype)

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from model.config import ModelConfig, RopeScaling, VisionConfig
 from sharding.errors import UserError
-
-Section = TypeVar("Section", ModelConfig, VisionConfig)
+from trainer.sections import from_plain, to_plain
 
 # fmt: off
 _COMMON = frozenset({
@@ -111,6 +110,12 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: a field is missing, malformed, unknown, or asks for something that Drover's model does not do.
     """
+    model = _unchecked(config)
+    return from_plain(ModelConfig, to_plain(model), "the model that config.json describes")
+
+
+def _unchecked(config: Mapping[str, Any]) -> ModelConfig:
+    """The model that the file's fields describe; the options' own rules are not yet looked at."""
     kind = config.get("model_type")
     if kind == "llama4_text":
         return _text_config(config, "")
@@ -191,7 +196,7 @@ def _text_config(values: Mapping[str, Any], prefix: str, vision: VisionConfig | 
         vision=vision,
     )
     fields.done()
-    return _checked(model, prefix)
+    return model
 
 
 def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
@@ -226,7 +231,7 @@ def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
         rope_theta=theta,
     )
     fields.done()
-    return _checked(vision, fields.prefix)
+    return vision
 
 
 def _rope(fields: _Fields, default_theta: float) -> tuple[float, RopeScaling | None]:
@@ -260,9 +265,3 @@ def _step_or_list(layers: list[int], count: int) -> tuple[int, tuple[int, ...] |
         return 0, None
     step = min(layers) + 1
     return (step, None) if sorted(layers) == list(range(step - 1, count, step)) else (0, tuple(sorted(layers)))
-
-
-def _checked(section: Section, prefix: str) -> Section:
-    for field, problem in section.problems():
-        raise UserError(f"config.json describes a model that cannot be built: {prefix or 'model.'}{field}: {problem}.")
-    return section

@@ -21,11 +21,13 @@ def abstract_state(run: RunConfig, device: Any) -> TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def initialise(run: RunConfig, checkpoints: Checkpoints, data_digest: str) -> tuple[TrainState, str]:
+def initialise(
+    run: RunConfig, checkpoints: Checkpoints, data_digest: str, tokenizer_digest: str
+) -> tuple[TrainState, str]:
     """The state to go on from, and one line that says where it came from.
 
-    Raises `UserError` where a checkpoint or a directory does not fit the run, or its data is not the run's
-    data.
+    Raises `UserError` where a checkpoint or a directory does not fit the run, or was made with other data or, where only
+    the weights are taken, with another tokenizer.
     """
     device = jax.devices()[0]
     like = abstract_state(run, device)
@@ -40,7 +42,9 @@ def initialise(run: RunConfig, checkpoints: Checkpoints, data_digest: str) -> tu
         return checkpoints.restore(step, like), f"own checkpoint, step {step}"
     if run.init.from_run:
         folder, step = locate(Path(run.init.from_run))
-        return Checkpoints(folder).restore_weights(step, fresh()), f"weights of {folder.parent}, step {step}"
+        other = Checkpoints(folder)
+        check_tokenizer(other, step, tokenizer_digest)
+        return other.restore_weights(step, fresh()), f"weights of {folder.parent}, step {step}"
     if run.init.pretrained:
         directory = Path(run.init.pretrained).expanduser()
         loaded = load_pretrained(directory, run.model)
@@ -73,8 +77,19 @@ def check_data(checkpoints: Checkpoints, step: int, data_digest: str) -> None:
     saved = checkpoints.metadata(step)["data_digest"]
     if saved != data_digest:
         raise UserError(
-            f"checkpoint {checkpoints.directory / str(step)}: was trained on data {saved}, found {data_digest}. The "
-            "text comes with Python, so another Python version, or another config of the data, gives other data. Use the "
-            "Python and config that the run was started with, or start a new run from its weights with "
+            f"checkpoint {checkpoints.directory / str(step)}: was trained on data {saved}, found {data_digest}. The text "
+            "comes with Python, so another Python version, or another config of the data, gives other data. Use the "
+            "Python and config that the run was started with, or start a new run from its weights (same tokenizer) with "
             f"--config.init.from_run={checkpoints.directory.parent} and another --workdir."
+        )
+
+
+def check_tokenizer(checkpoints: Checkpoints, step: int, tokenizer_digest: str) -> None:
+    """Refuses weights whose embeddings belong to other tokens."""
+    saved = checkpoints.metadata(step)["tokenizer_digest"]
+    if saved != tokenizer_digest:
+        raise UserError(
+            f"checkpoint {checkpoints.directory / str(step)}: was trained with tokenizer {saved}, found {tokenizer_digest}. "
+            "A tokenizer is trained on the training split, so data.mixture, data.tokenizer, data.tokenizer_size, and "
+            "the Python whose standard library is read must be those of that run."
         )

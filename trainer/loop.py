@@ -27,6 +27,7 @@ from trainer.metrics import MetricsLogger
 from trainer.objective import metrics, next_token_objective
 from trainer.report import write_report
 from trainer.rundir import RunDirectory, read_json, write_json
+from trainer.runtime import configure_jax
 from trainer.sections import to_plain
 from trainer.signals import StopRequest
 from trainer.step import Skeleton, TrainState, make_eval_step, make_train_step
@@ -57,21 +58,14 @@ def finished(run: RunConfig, directory: RunDirectory) -> bool:
     if not (directory.evaluation.exists() and directory.report.exists() and directory.facts.exists()):
         return False
     evaluation = read_json(directory.evaluation, "held-out scores")
-    if evaluation["step"] != run.steps:
+    # Only these weights and this config: a folder whose checkpoints were deleted starts afresh.
+    done = Checkpoints(directory.checkpoints).latest() if directory.checkpoints.is_dir() else None
+    if not evaluation["step"] == done == run.steps or directory.differences(run):
         return False
     console = Console(run, directory.root, read_json(directory.facts, "facts of the run"))
     console.scores(evaluation)
     console.message(f"{directory.root} has all its {run.steps} steps. report: {directory.report}")
     return True
-
-
-def configure_jax(run: RunConfig) -> None:
-    """Process-wide settings of jax."""
-    if "float64" in (run.model.dtype, run.model.param_dtype):
-        jax.config.update("jax_enable_x64", True)
-    if run.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(run.compile_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @dataclasses.dataclass
@@ -103,6 +97,7 @@ class Run:
         run, device = self.run, jax.devices()[0]
         self.sharding = jax.sharding.SingleDeviceSharding(device)
         check_memory(abstract_state(run, device), device)
+        self.peak = peak_flops(device, run.model.dtype)  # now, while nothing else uses the processor
         self.dataset = build_dataset(run.data, run.image_spec, "train")
         if self.dataset.tokenizer.size > run.model.vocab_size:
             raise UserError(
@@ -117,27 +112,30 @@ class Run:
         self.feeder = Feeder(batches, self.sharding)
         stack.callback(self.feeder.close)
 
-        self.state, origin = initialise(run, self.checkpoints, self.dataset.digest)
+        self.state, origin = initialise(run, self.checkpoints, self.dataset.digest, self.dataset.tokenizer.digest)
         self.directory.save(run, self.dataset.tokenizer)  # not before: nothing is changed by a start that is refused
         self.start = start
         skeleton = Skeleton(run.model, device.platform)
         objective = next_token_objective(run.objective, len(self.dataset.source_names))
         self.skeleton = skeleton
         compile_start = time.perf_counter()
-        self.step_fn = self._compiled_step(make_train_step(run, skeleton, objective))
+        self.step_fn, eval_fn = self._compiled(
+            make_train_step(run, skeleton, objective), make_eval_step(skeleton, objective)
+        )
         self.compile_s = time.perf_counter() - compile_start
         held_out = build_dataset(run.data, run.image_spec, "heldout")
-        self.held_out = HeldOut(held_out, jax.jit(make_eval_step(skeleton, objective)))
+        self.held_out = HeldOut(held_out, eval_fn)
+        self.notes = list(dict.fromkeys(self.dataset.notes + held_out.notes))
 
         self.flops = flops_per_token(run.model, run.data.sequence_length)
-        self.peak = peak_flops(device, run.model.dtype)
         self.facts = self._facts(device, origin)
         self.console = Console(run, self.directory.root, self.facts)
         self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
         stack.enter_context(self.console)
         stack.enter_context(self.logger)
 
-    def _compiled_step(self, train_step: Any) -> Any:
+    def _compiled(self, train_step: Any, eval_step: Any) -> tuple[Any, Any]:
+        """Both steps, before the first one runs: nothing is compiled in the middle of a run."""
         names = self.dataset.source_names
 
         def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -149,7 +147,9 @@ class Run:
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.sharding)
             for name, array in example.items()
         }
-        return jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
+        compiled_step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
+        weights = (self.state.params, self.state.router_bias)
+        return compiled_step, jax.jit(eval_step).lower(*weights, batch).compile()
 
     def _facts(self, device: Any, origin: str) -> dict[str, Any]:
         counts = parameter_counts(self.run.model)
@@ -164,6 +164,7 @@ class Run:
             "active_parameters": counts.active,
             "expert_kernel": self.skeleton.config.expert_kernel,
             "data_digest": self.dataset.digest,
+            "data_notes": self.notes,
             "initialised_from": origin,
             "compile_s": self.compile_s,
             "versions": {"python": platform.python_version()}
@@ -181,11 +182,10 @@ class Run:
             if pending:
                 self._done(pending)
             pending = Pending(step, measured, waited)
-            first = step == self.start + 1
-            stopping = self.stop.requested.is_set()
-            evaluating = step % run.eval.every_steps == 0 or step == run.steps
-            saving = step % run.checkpoint.every_steps == 0 or step == run.steps or stopping
-            if first or evaluating or saving:
+            first, last = step == self.start + 1, step == run.steps
+            evaluating = last or step % run.eval.every_steps == 0
+            saving = last or step % run.checkpoint.every_steps == 0
+            if first or evaluating or saving or self.stop.requested.is_set():
                 self._done(pending)
                 pending = None
             self._tell_if_saved()
@@ -193,7 +193,8 @@ class Run:
                 self._announce()
             if evaluating:
                 self._evaluate(step)
-            if saving:
+            stopping = pending is None and self.stop.requested.is_set()
+            if saving or stopping:
                 self._save(step)
             if stopping:
                 self._leave(step)
@@ -202,6 +203,8 @@ class Run:
         self.facts["time_to_first_step_s"] = time.perf_counter() - self.started
         write_json(self.directory.facts, self.facts)
         self.console.banner()
+        for note in self.notes:
+            self.console.message(note)
 
     def _done(self, pending: Pending) -> None:
         """Waits for a step, times it, logs it, and stops the run where too many steps in a row were not finite."""
@@ -256,6 +259,7 @@ class Run:
     def _metadata(self) -> dict[str, Any]:
         return {
             "config": to_plain(self.run),
+            "next_batch": int(self.state.step),
             "data_digest": self.dataset.digest,
             "tokenizer_digest": self.dataset.tokenizer.digest,
         }

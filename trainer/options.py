@@ -3,7 +3,6 @@
 import ast
 import difflib
 import inspect
-import re
 import textwrap
 import types
 import typing
@@ -48,15 +47,10 @@ def documentation(cls: type) -> dict[str, str]:
     return docs
 
 
-@cache
 def smallest(cls: type, name: str) -> int:
-    """The smallest value that the number `name` may have: 0, or 1 for a whole number that gives 0 no meaning.
-
-    A whole number gives 0 a meaning when 0 is its default, or when its documentation says what 0 does.
-    """
-    whole = int in members(annotations(cls)[name])
-    zero = defaults(cls).get(name) == 0 or re.search(r"\b(0|zero)\b", documentation(cls).get(name, ""))
-    return 1 if whole and not zero else 0
+    """The smallest value that the number `name` may have: 1 for a whole number, unless the section says otherwise."""
+    may_be_zero = getattr(cls, "MAY_BE_ZERO", frozenset())
+    return 1 if int in members(annotations(cls)[name]) and name not in may_be_zero else 0
 
 
 def section_classes(cls: type = RunConfig) -> list[type]:

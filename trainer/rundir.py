@@ -20,7 +20,7 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
 from trainer.config import RunConfig
-from trainer.metrics import replace_file
+from trainer.metrics import FILE_NAME, replace_file
 from trainer.sections import diff, from_plain, to_plain
 
 
@@ -69,12 +69,15 @@ class RunDirectory:
             yield
 
     def check_config(self, run: RunConfig, allow_change: bool) -> None:
-        """Once there is a checkpoint, refuses a config that differs, with the differences, unless they are allowed."""
-        started = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if not (started and self.config.exists()) or allow_change:
-            return
-        differences = diff(read_json(self.config, "the config of the run"), run)
-        if differences:
+        """Refuses to go on with a config that differs, and shows the differences, unless they are allowed.
+
+        Before the first step there is nothing to lose, and any config may be started with.
+        """
+        records = self.metrics / FILE_NAME
+        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        started = saved or (records.exists() and records.stat().st_size > 0)
+        differences = self.differences(run)
+        if started and differences and not allow_change:
             raise UserError(
                 f"run directory {self.root}: was started with another config:\n  "
                 + "\n  ".join(differences)
@@ -84,7 +87,12 @@ class RunDirectory:
 
     def load_config(self) -> RunConfig:
         """The run that the directory was started with."""
-        return from_plain(RunConfig, read_json(self.config, "a run directory made by `drover train`"))
+        plain = read_json(self.config, "a run directory made by `drover train`")
+        return from_plain(RunConfig, plain, str(self.config))
+
+    def differences(self, run: RunConfig) -> list[str]:
+        """A line for each option in which `run` differs from what the directory was started with."""
+        return diff(read_json(self.config, "the config of the run"), run) if self.config.exists() else []
 
     def save(self, run: RunConfig, tokenizer: Tokenizer) -> None:
         """Writes the config, and keeps the tokenizer: another Python has another standard library to train one on."""

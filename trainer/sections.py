@@ -2,10 +2,10 @@
 
 A section is a plain frozen dataclass (`RunConfig` and what it holds). Its annotations are the types of its options, the
 docstrings under its fields are their documentation, its `problems()` are its own rules. A run is made in this order:
-config file -> overrides -> one `validate` that names every problem -> frozen `RunConfig`.
+config file -> overrides -> one validation that names every problem -> frozen `RunConfig`.
 
 Two rules hold for every number, so that no section has to repeat them: it is finite and not negative; and a whole
-number is at least 1, unless 0 is its default or its documentation says what 0 does.
+number is at least 1, unless the section's `MAY_BE_ZERO` names it.
 """
 
 import ast
@@ -45,8 +45,8 @@ Section = TypeVar("Section")
 def to_config_dict(section: Any) -> ConfigDict:
     """A section as an `ml_collections.ConfigDict`, to be returned by a config file's `get_config`.
 
-    It accepts any name and any value, so that a config file may change it freely; `from_config_dict` then names every
-    mistake at once.
+    It accepts any name and any value, so that a config file may change it freely; `resolve` then names every mistake at
+    once.
     """
     return ConfigDict(_plain(section, tuple), type_safe=False)
 
@@ -59,15 +59,15 @@ def to_plain(section: Any) -> dict[str, Any]:
 def from_plain(cls: type[Section], plain: Mapping[str, Any], source: str = "the configuration") -> Section:
     """The inverse of `to_plain`, also after a way through JSON. Options that `plain` lacks have their defaults.
 
+    Args:
+      cls: the section that `plain` describes.
+      plain: option name -> value; sections as dictionaries.
+      source: where the values come from, for the message.
+
     Raises:
       UserError: an unknown name, a wrong type or a broken rule; the message lists all of them.
     """
     return _freeze(plain, cls, [], source)
-
-
-def from_config_dict(config: ConfigDict, source: str = "the configuration") -> RunConfig:
-    """The validated run that a ConfigDict describes; otherwise as `from_plain`."""
-    return from_plain(RunConfig, _plain(config, tuple), source)
 
 
 def resolve(config: ConfigDict, overrides: Mapping[str, str], source: str) -> RunConfig:
@@ -86,27 +86,17 @@ def resolve(config: ConfigDict, overrides: Mapping[str, str], source: str) -> Ru
     return _freeze(changed, RunConfig, problems, source)
 
 
-def validate(run: RunConfig) -> list[Problem]:
-    """Every problem of a run as (option, what was found and expected): types, ranges, then each section's own rules."""
-    problems: list[Problem] = []
-    _conform(run, RunConfig, "", problems)
-    return problems + _rule_problems(run, problems)
-
-
 def _freeze(plain: Any, cls: type[Section], problems: list[Problem], source: str) -> Section:
-    """The section that `plain` describes; raises `UserError` for the problems known so far and those found now."""
+    """The section that `plain` describes; raises `UserError` for the problems known so far and those found now.
+
+    Types come first, then the limits of numbers, then each section's own rules.
+    """
     section = _conform(plain, cls, "", problems)
     problems += _rule_problems(section, problems)
     if problems:
-        raise UserError(problem_text(problems, source))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{count} in {source}:\n" + "\n".join(f"  {name}: {text}" for name, text in problems))
     return section
-
-
-def problem_text(problems: Iterable[Problem], source: str) -> str:
-    """The message that lists problems, one line each."""
-    lines = [f"  {name}: {text}" for name, text in problems]
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return f"{count} in {source}:\n" + "\n".join(lines)
 
 
 def _contents(value: Any) -> dict[str, Any] | None:
@@ -300,16 +290,16 @@ def _parse_one(text: str, member: Any) -> Any:
 # For reading
 
 
-def render(run: RunConfig, reference: RunConfig | None = None, docs: bool = True) -> str:
-    """Every option of a run as text, one line each, with its documentation below it.
+def render(run: RunConfig) -> str:
+    """Every option of a run as text, one line each, with its documentation below it, indented by eight spaces.
 
-    A line that begins with `*` differs from `reference` (default: the defaults of the sections), whose value it shows.
-    The names and values are written as an override takes them.
+    A line that begins with `*` differs from the default of its section, which it shows. The names and values are
+    written as an override takes them.
     """
-    return "\n".join(_render(run, RunConfig() if reference is None else reference, "", docs)) + "\n"
+    return "\n".join(_render(run, RunConfig(), "")) + "\n"
 
 
-def _render(section: Any, reference: Any, prefix: str, docs: bool) -> Iterator[str]:
+def _render(section: Any, reference: Any, prefix: str) -> Iterator[str]:
     texts, inner = documentation(type(section)), []
     for name, value in (_contents(section) or {}).items():
         other = getattr(reference, name)
@@ -321,13 +311,13 @@ def _render(section: Any, reference: Any, prefix: str, docs: bool) -> Iterator[s
         else:
             mark, note = ("  ", "") if value == other else ("* ", f"  (default {_plain(other, tuple)!r})")
         yield f"{mark}{prefix}{name} = {_plain(value, tuple)!r}{note}"
-        if docs and name in texts:
+        if name in texts:
             yield from textwrap.wrap(texts[name], 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     for name, value, other in inner:
         yield ""
         summary = (inspect.getdoc(type(value)) or "").split("\n")[0]
-        yield f"# {prefix}{name}{': ' + summary if docs else ''}{'  (default None)' if other is None else ''}"
-        yield from _render(value, type(value)() if other is None else other, f"{prefix}{name}.", docs)
+        yield f"# {prefix}{name}: {summary}{'  (default None)' if other is None else ''}"
+        yield from _render(value, type(value)() if other is None else other, f"{prefix}{name}.")
 
 
 def diff(a: RunConfig | Mapping[str, Any], b: RunConfig | Mapping[str, Any]) -> list[str]:

@@ -11,8 +11,9 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.ste
 
 
 def rendered(name: str) -> str:
-    """Every option of a config file, one line each."""
-    return render(load_run(str(ROOT / "configs" / f"{name}.py"), {}), docs=False)
+    """Every option of a config file, one line each, without its documentation."""
+    lines = render(load_run(str(ROOT / "configs" / f"{name}.py"), {})).splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(" " * 8))
 
 
 def main() -> None:

@@ -1,11 +1,17 @@
 """The config files: their rendered text, and the sizes of the released models."""
 
+from types import ModuleType
+
 import pytest
 
 from configs import behemoth, maverick, scout, tiny
 from model.config import ModelConfig
 from tests.configs.regenerate import GOLDEN, NAMES, ROOT, rendered
-from trainer.sections import from_config_dict
+from trainer.sections import resolve
+
+
+def model_of(config: ModuleType) -> ModelConfig:
+    return resolve(config.get_config(), {}, config.__name__).model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,11 +49,11 @@ def parameters(model: ModelConfig) -> tuple[float, float]:
 )
 def test_the_released_sizes_add_up(config, total, active):
     """The totals are those of the reference implementation; Behemoth's are its published ones, approached."""
-    assert parameters(from_config_dict(config.get_config()).model) == (total, active)
+    assert parameters(model_of(config)) == (total, active)
 
 
 def test_the_released_models_differ_where_they_should():
-    runs = {config.__name__: from_config_dict(config.get_config()).model for config in (scout, maverick)}
+    runs = {config.__name__: model_of(config) for config in (scout, maverick)}
     first, second = runs["configs.scout"], runs["configs.maverick"]
     assert first.layer_kinds()[:4] == ((True, True), (True, True), (True, True), (True, False))
     assert second.layer_kinds()[:4] == ((False, True), (True, True), (False, True), (True, False))
@@ -61,7 +67,7 @@ def test_the_released_models_differ_where_they_should():
 
 
 def test_the_small_run_has_every_part_of_the_architecture():
-    model = from_config_dict(tiny.get_config()).model
+    model = model_of(tiny)
     kinds = model.layer_kinds()
     assert any(kind.moe for kind in kinds)
     assert {kind.rope for kind in kinds} == {True, False}

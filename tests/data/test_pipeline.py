@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import text
+from data.config import DataConfig
 from data.images import layout, tiles
 from data.pipeline import Dataset, build_dataset
 from data.scene_text import document
@@ -23,6 +25,11 @@ def assert_equal(a, b):
     for name in a:
         assert a[name].dtype == b[name].dtype
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def row_documents(dataset: Dataset, n: int) -> list[tuple[str, int]]:
+    """(source, number) of each document in row n; batch b holds rows b * batch_size and on."""
+    return [(dataset.source_names[source], number) for source, number in dataset._packing.row(n)]
 
 
 def slow_scene(dataset: Dataset, config, image, index: int):
@@ -48,7 +55,7 @@ def slow_batch(dataset: Dataset, config, image, n: int, first_scene: int):
     for b in range(B):
         row = {name: [] for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions", "source_ids")}
         row["image_tiles"], row["image_positions"] = [], []
-        for segment, (source, number) in enumerate(dataset.row_documents(n * B + b), start=1):
+        for segment, (source, number) in enumerate(row_documents(dataset, n * B + b), start=1):
             if source == "scenes":
                 tokens, weights, picture = slow_scene(dataset, config, image, first_scene + number)
                 patches = [
@@ -117,17 +124,17 @@ def test_no_target_is_an_image_token_and_none_crosses_a_segment(dataset):
 
 def test_training_text_names_no_novel_combination(dataset):
     for n in range(40):
-        text = dataset.tokenizer.decode(dataset.batch(n)["tokens"].ravel())
-        assert not [pair for pair in NOVEL if " ".join(pair) in text]
+        decoded = dataset.tokenizer.decode(dataset.batch(n)["tokens"].ravel())
+        assert not [pair for pair in NOVEL if " ".join(pair) in decoded]
 
 
 def test_text_bytes_are_those_of_the_documents(dataset, config):
     """All of a document is predicted but its first token, which is no text."""
-    text = next(source for source in dataset._sources if source.name == "text")
+    source_of_text = next(source for source in dataset._sources if source.name == "text")
     total = 0
     for n in range(8):
-        rows = [dataset.row_documents(n * config.batch_size + b) for b in range(config.batch_size)]
-        documents = [text.document(number) for row in rows for source, number in row if source == "text"]
+        rows = [row_documents(dataset, n * config.batch_size + b) for b in range(config.batch_size)]
+        documents = [source_of_text.document(number) for row in rows for source, number in row if source == "text"]
         expected = sum(len(dataset.tokenizer.decode(document.tokens_S).encode()) for document in documents)
         assert dataset.target_bytes(dataset.batch(n)) == expected
         total += expected
@@ -166,9 +173,26 @@ def test_the_digest_changes_with_what_the_batches_depend_on(scenes_only):
     assert build_dataset(same, image, "train").digest == scenes_only.digest
 
 
+def test_notes_are_those_of_the_sources_and_survive_pickling(scenes_only, monkeypatch, tmp_path):
+    assert scenes_only.notes == ()
+    corpus = text.Corpus([text.TextFile("a", "long line\n"), text.TextFile("b", "b\n")], ("text: a note",))
+    monkeypatch.setattr(text.TextFile, "held_out", property(lambda file: file.name == "b"))
+    monkeypatch.setattr(text, "standard_library", lambda: corpus)
+    config = DataConfig(
+        mixture={"text": 0.5, "scenes": 0.5},
+        tokenizer="bytes",
+        sequence_length=512,
+        tiles_per_row=5,
+        scenes=20,
+        cache_dir=str(tmp_path),
+    )
+    dataset = build_dataset(config, scenes_only.image, "train")
+    assert pickle.loads(pickle.dumps(dataset)).notes == dataset.notes == ("text: a note",)
+
+
 def test_text_alone_needs_no_images(config):
-    text = dataclasses.replace(config, mixture={"text": 1.0}, tokenizer="bytes")
-    batch = build_dataset(text, None, "heldout").batch(0)
+    only_text = dataclasses.replace(config, mixture={"text": 1.0}, tokenizer="bytes")
+    batch = build_dataset(only_text, None, "heldout").batch(0)
     assert "image_tiles" not in batch
     assert set(np.unique(batch["source_ids"])) <= {0, 1}
 

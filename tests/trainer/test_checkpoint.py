@@ -21,6 +21,9 @@ from trainer.initialise import abstract_state, check_memory, initialise
 from trainer.rundir import read_json
 from trainer.step import TrainState, init_state
 
+# TensorStore reports to an event loop that has ended.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def run_config(model: ModelConfig = TINY, **init: str) -> RunConfig:
     return RunConfig(steps=200, model=model, data=DataConfig(batch_size=4), init=InitConfig(**init))
@@ -40,9 +43,12 @@ def filled(state: TrainState, value: float) -> TrainState:
 
 def save(folder: Path, state: TrainState, **config: int) -> Checkpoints:
     checkpoints = Checkpoints(folder, CheckpointConfig(**config))
-    checkpoints.save(state, {"data_digest": "abc"})
+    checkpoints.save(state, METADATA)
     checkpoints.wait()
     return checkpoints
+
+
+METADATA = {"data_digest": "abc", "tokenizer_digest": "xyz"}
 
 
 def device() -> object:
@@ -87,7 +93,6 @@ def test_the_policy_keeps_the_latest_and_the_milestones(tmp_path: Path) -> None:
     assert sorted(checkpoints.manager.all_steps()) == [20, 40, 50]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore, after a failed read
 def test_a_damaged_checkpoint_is_named_with_its_cure(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, filled(init_state(run_config()), 7))
     shutil.rmtree(tmp_path / "7" / "state" / "ocdbt.process_0")
@@ -105,8 +110,8 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
     own = Checkpoints(tmp_path / "own" / "checkpoints", CheckpointConfig())
     both = {"from_run": str(tmp_path / "other"), "pretrained": str(golden)}
 
-    def start(**init: str) -> tuple[TrainState, str]:
-        return initialise(run_config(model, **init), own, "abc")
+    def start(tokenizer: str = "xyz", **init: str) -> tuple[TrainState, str]:
+        return initialise(run_config(model, **init), own, "abc", tokenizer)
 
     scratch, line = start()
     assert line == "scratch, seed 0"
@@ -116,11 +121,26 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
     from_run, line = start(**both)
     assert line == f"weights of {tmp_path / 'other'}, step 5"
     assert np.array_equal(from_run.params["embed"], other.params["embed"])
-    own.save(filled(other, 9), {"data_digest": "abc"})
+    with pytest.raises(UserError, match="was trained with tokenizer xyz, found another"):
+        start(tokenizer="another", **both)
+    own.save(filled(other, 9), METADATA)
     own.wait()
     resumed, line = start(**both)
     assert line == "own checkpoint, step 9"
     assert int(resumed.step) == 9
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkpoint_of_another_model_is_refused_by_its_shapes(tmp_path: Path, whole: bool) -> None:
+    checkpoints = save(tmp_path, filled(init_state(run_config()), 7))
+    wider = abstract_state(run_config(dataclasses.replace(TINY, hidden_size=14)), device())
+    deeper = abstract_state(run_config(dataclasses.replace(TINY, num_layers=8)), device())
+    restore = checkpoints.restore if whole else checkpoints.restore_weights
+    with pytest.raises(UserError, match=r"params\.blocks\.0\.attn\.k: found \(1, 12, 2, 6\), expected \(2, 12, 2, 6\)"):
+        restore(7, deeper)
+    with pytest.raises(UserError, match="holds another model") as caught:
+        restore(7, wider)
+    assert "delete" not in str(caught.value)
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_bfloat16_weights_are_read_exactly(tmp_path: Path) -> None:
     rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in hf.read_safetensors(directory).items()}
     shutil.copy(directory / "config.json", tmp_path)
     write_safetensors(tmp_path / "model.safetensors", rounded, "BF16")
-    for dtype, expected in (("bfloat16", ml_dtypes.bfloat16), ("float32", np.float32)):
+    for dtype, expected in (("float32", np.float32), ("float64", np.float64)):
         params = hf.load_pretrained(tmp_path, dataclasses.replace(model, param_dtype=dtype))
         assert params["lm_head"].dtype == expected
         np.testing.assert_array_equal(params["lm_head"].T, rounded["lm_head.weight"].astype(expected))
@@ -272,6 +272,8 @@ def test_patterns_and_switches_are_read(name: str, value: Any, expected: dict[st
     ("text_config.rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("text_config.rope_scaling", {"rope_type": "llama3", "factor": 4.0}),
     ("text_config.rope_scaling", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("text_config.rope_scaling", {"rope_type": "llama3", "factor": 0.5, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 2.0, "original_max_position_embeddings": 8}),
     ("text_config.rope_theta", float("nan")),
     ("vision_config.pixel_shuffle_ratio", 0.4),
     ("vision_config.intermediate_size", 100),

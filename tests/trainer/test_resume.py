@@ -2,68 +2,15 @@
 
 import functools
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-STEPS = 40
-
-
-def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`drover train` on the micro config, in a process of its own."""
-    command = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main())", "train"]
-    command += ["--config", "tests/micro.py", "--workdir", str(workdir), f"--config.steps={STEPS}", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == status, output
-    return output
-
-
-def metrics(workdir: Path) -> list[dict]:
-    """Records without what depends on the clock."""
-    lines = (workdir / "metrics" / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("time/")} for line in lines]
-
-
-def logged(workdir: Path) -> int:
-    path = workdir / "metrics" / "metrics.jsonl"
-    return path.read_text().count('"train"') if path.exists() else 0
-
-
-def reached(workdir: Path, step: int) -> bool:
-    return logged(workdir) >= step
-
-
-def saving(workdir: Path) -> bool:
-    """Whether a checkpoint is being written just now."""
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any("tmp" in entry.name for entry in folder.iterdir())
-
-
-def wait_until(condition, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.trainer.processes import STEPS, finish, killed_when, logged, metrics, reached, saving, start, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +23,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_during_steps_and_saves_the_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
+    """With worker processes making the batches, where the undisturbed run has threads: that makes no difference."""
+    workers = ("--config.data.workers=1", "--allow-config-change")
     generator = random.Random(0)
-    moments = [
-        lambda: logged(tmp_path) >= 13,  # between the first and the second checkpoint
-        lambda: saving(tmp_path),  # within a save
-        lambda: logged(tmp_path) >= 34,
-    ]
-    for moment in moments:
-        process = start(tmp_path)
-        wait_until(moment, process)
-        time.sleep(generator.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(start(tmp_path))
+    for moment in (4, 13, 27):  # before the first checkpoint, and between others
+        killed_when(functools.partial(reached, tmp_path, moment), tmp_path, *workers, delay=generator.uniform(0, 0.02))
+    torn = False
+    for _ in range(3):  # within a save
+        killed_when(functools.partial(saving, tmp_path), tmp_path, *workers)
+        torn = saving(tmp_path)
+        if torn or logged(tmp_path) == STEPS:
+            break
+    assert torn
+    killed_when(functools.partial(reached, tmp_path, STEPS), tmp_path, *workers)  # before or in the last evaluation
+    finish(start(tmp_path, *workers))
     assert metrics(tmp_path) == metrics(undisturbed)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(
         (undisturbed / "evaluation.json").read_text()
@@ -111,7 +59,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(undisturbed: Pat
 
 def test_before_the_first_step_a_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     process = start(tmp_path)
-    wait_until(lambda: (tmp_path / ".lock").exists() and (tmp_path / ".lock").read_text(), process)
+    wait_until(lambda: (tmp_path / ".lock").exists() and bool((tmp_path / ".lock").read_text()), process)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     finish(process, 128 + signal.SIGINT)
@@ -141,6 +89,15 @@ def test_other_data_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     assert "was trained on data" in output and "--config.init.from_run" in output
     for name in ("config.json", "tokenizer.json"):
         assert (workdir / name).read_text() == (undisturbed / name).read_text()  # a refused start changes nothing
+
+
+def test_without_its_checkpoints_a_finished_run_starts_afresh(undisturbed: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    output = finish(start(workdir, "--config.seed=1"), 2)
+    assert "seed: 0 -> 1" in output
+    finish(start(workdir))
+    assert metrics(workdir) == metrics(undisturbed)
 
 
 def test_a_finished_run_says_so_at_once_and_shows_its_scores(undisturbed: Path) -> None:

@@ -13,7 +13,7 @@ from model.config import ModelConfig, RopeScaling, VisionConfig
 from sharding.errors import UserError
 from trainer.config import OptimizerConfig, RunConfig
 from trainer.options import annotations, documentation, expected, members, option_names, section_classes, smallest
-from trainer.sections import diff, from_config_dict, from_plain, render, resolve, to_config_dict, to_plain, validate
+from trainer.sections import diff, from_plain, render, resolve, to_config_dict, to_plain
 
 RUN = RunConfig(name="small", model=ModelConfig(vision=VisionConfig(), moe_layers=(1, 3)))
 
@@ -29,6 +29,15 @@ def message(overrides: dict[str, str], run: RunConfig = RUN) -> str:
     with pytest.raises(UserError) as raised:
         resolve(to_config_dict(run), overrides, "the test")
     return str(raised.value)
+
+
+def lines(run: RunConfig, **overrides: str) -> list[str]:
+    """The problems that the user reads, one a line; none if the run is valid. `__` stands for a dot."""
+    try:
+        resolve(to_config_dict(run), {name.replace("__", "."): text for name, text in overrides.items()}, "the test")
+    except UserError as error:
+        return [line.strip() for line in str(error).splitlines()[1:]]
+    return []
 
 
 # Overrides
@@ -161,16 +170,102 @@ def test_conflicts_between_sections_are_named():
 
 
 def test_the_defaults_have_no_problem_but_the_missing_eyes():
-    assert [name for name, _ in validate(RunConfig())] == ["data.mixture.scenes"]
-    assert validate(RUN) == []
+    assert lines(RunConfig()) == [
+        "data.mixture.scenes: found a weight above zero, expected 0 when model.vision is None"
+    ]
+    assert lines(RUN) == []
 
 
-def test_validate_sees_wrong_types_in_a_run_made_by_hand():
-    run = RunConfig(steps="many", model=3, seed=True)  # type: ignore[arg-type]
-    found = dict(validate(run))
-    assert found["steps"] == "found 'many', expected a whole number"
-    assert found["seed"] == "found True, expected a whole number"
-    assert found["model"].startswith("found 3, expected a section")
+def test_wrong_types_in_a_config_file_are_named():
+    found = lines(RunConfig(steps="many", model=3, seed=True))  # type: ignore[arg-type]
+    assert "steps: found 'many', expected a whole number" in found
+    assert "seed: found True, expected a whole number" in found
+    assert any(line.startswith("model: found 3, expected a section") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            {"optimizer.schedule": "wsd"},
+            "optimizer.decay_steps: found 0, expected 1 or more with schedule='wsd'",
+        ),
+        (
+            {"optimizer.decay_steps": "5"},
+            "optimizer.decay_steps: found 5, expected 0 with schedule='cosine'",
+        ),
+        (
+            {"optimizer.schedule": "constant", "optimizer.decay_steps": "5"},
+            "optimizer.decay_steps: found 5, expected 0 with schedule='constant'",
+        ),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.decay_steps": "901"},
+            "optimizer.decay_steps: found 901, expected at most 900, the steps that the warmup leaves: "
+            "steps - optimizer.warmup_steps",
+        ),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.decay_steps": "10", "steps": "50"},
+            "optimizer.warmup_steps: found 100, expected less than steps=50",
+        ),
+        ({"model.rope_theta": "1"}, "model.rope_theta: found 1.0, expected more than 1"),
+        ({"model.norm_eps": "0"}, "model.norm_eps: found 0.0, expected more than 0"),
+        ({"model.vision.rope_theta": "1"}, "model.vision.rope_theta: found 1.0, expected more than 1"),
+        (
+            {"model.rope_scaling": "{'factor': 0.5}"},
+            "model.rope_scaling.factor: found 0.5, expected 1 or more",
+        ),
+        (
+            {"model.rope_scaling": "{'low_freq_factor': 0}"},
+            "model.rope_scaling.low_freq_factor: found 0.0, expected more than 0",
+        ),
+        (
+            {"model.moe_layers": "1,3,1"},
+            "model.moe_layers: found layers [1] more than once, expected each layer once",
+        ),
+        (
+            {"model.nope_layers": "3,3"},
+            "model.nope_layers: found layers [3] more than once, expected each layer once",
+        ),
+        ({"model.moe_layers": "48"}, "model.moe_layers: found layers [48], expected 0 to 47"),
+        ({"model.moe_layers": "-1"}, "model.moe_layers[0]: found -1, expected 0 or more"),
+        (
+            {"model.experts_per_token": "17"},
+            "model.experts_per_token: found 17, expected at most num_experts=16",
+        ),
+        ({"model.experts_per_token": "0"}, "model.experts_per_token: found 0, expected 1 or more"),
+        (
+            {"model.param_dtype": "bfloat16"},
+            "model.param_dtype: found 'bfloat16', expected one of 'float32', 'float64'",
+        ),
+        ({"data.sequence_length": "2"}, "data.sequence_length: found 2, expected 3 or more"),
+        ({"data.tiles_per_row": "0"}, "data.tiles_per_row: found 0, expected 1 or more when the mixture has scenes"),
+        ({"data.tiles_per_row": "-1"}, "data.tiles_per_row: found -1, expected 0 or more"),
+        ({"data.workers": "-1"}, "data.workers: found -1, expected 0 or more"),
+        ({"data.answer_weight": "-1"}, "data.answer_weight: found -1.0, expected 0 or more"),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused(overrides, problem):
+    assert lines(RUN, **overrides) == [problem]
+
+
+def test_both_factors_of_the_frequency_scaling_are_above_zero():
+    assert lines(RUN, model__rope_scaling="{'low_freq_factor': 0, 'high_freq_factor': 0}") == [
+        f"model.rope_scaling.{name}: found 0.0, expected more than 0"
+        for name in ("low_freq_factor", "high_freq_factor")
+    ]
+
+
+def test_the_whole_rest_of_a_run_may_be_decay():
+    assert lines(RUN, optimizer__schedule="wsd", optimizer__decay_steps="900") == []
+
+
+def test_a_run_of_text_alone_needs_no_room_for_tiles():
+    assert lines(RUN, data__mixture__scenes="0", data__tiles_per_row="0") == []
+
+
+@pytest.mark.parametrize("name", ["batch_size", "window", "max_tiles", "scenes", "prefetch"])
+def test_counts_of_the_data_begin_at_one(name):
+    assert lines(RUN, **{f"data.{name}": "0"}) == [f"data.{name}: found 0, expected 1 or more"]
 
 
 def test_a_section_whose_rules_cannot_be_worked_out_does_not_hide_the_cause():
@@ -189,6 +284,7 @@ def test_whole_numbers_that_may_be_zero_are_these():
     assert found == {
         "CheckpointConfig.keep_every",
         "DataConfig.seed",
+        "DataConfig.tiles_per_row",
         "DataConfig.workers",
         "EvalConfig.questions",
         "ModelConfig.moe_layer_step",
@@ -197,6 +293,12 @@ def test_whole_numbers_that_may_be_zero_are_these():
         "OptimizerConfig.warmup_steps",
         "RunConfig.seed",
     }
+
+
+def test_what_may_be_zero_is_an_option_and_a_whole_number():
+    for cls in section_classes():
+        for name in getattr(cls, "MAY_BE_ZERO", ()):
+            assert int in members(annotations(cls)[name]), f"{cls.__name__}.{name}"
 
 
 def test_every_option_is_documented_and_of_a_type_that_can_be_described():
@@ -211,7 +313,7 @@ def test_every_option_is_documented_and_of_a_type_that_can_be_described():
 
 
 def test_a_run_survives_a_config_dict():
-    assert from_config_dict(to_config_dict(RUN)) == RUN
+    assert changed() == RUN
 
 
 def test_a_run_survives_json_exactly():
@@ -221,7 +323,9 @@ def test_a_run_survives_json_exactly():
     assert type(back.data.mixture) is dict
 
 
-@given(st.floats(min_value=0, allow_nan=False, allow_infinity=False), st.lists(st.integers(0, 47)), st.text())
+@given(
+    st.floats(min_value=0, allow_nan=False, allow_infinity=False), st.lists(st.integers(0, 47), unique=True), st.text()
+)
 def test_any_value_survives_json_exactly(rate, layers, text):
     run = dataclasses.replace(
         RUN,
@@ -237,7 +341,7 @@ def test_a_config_file_may_assign_sections_dictionaries_and_lists():
     config.model.rope_scaling = RopeScaling(factor=4.0)
     config.optimizer = {"peak_lr": 1}
     config.model.moe_layers = [0]
-    run = from_config_dict(config)
+    run = resolve(config, {}, "the test")
     assert run.model.rope_scaling == RopeScaling(factor=4.0)
     assert run.optimizer == OptimizerConfig(peak_lr=1.0)
     assert run.model.moe_layers == (0,)
@@ -247,7 +351,7 @@ def test_a_name_misspelt_by_a_config_file_is_found():
     config: Any = to_config_dict(RUN)
     config.model.num_layer = 3
     with pytest.raises(UserError, match=r"model\.num_layer: no such option; did you mean model\.num_layers"):
-        from_config_dict(config)
+        resolve(config, {}, "the test")
 
 
 def test_a_run_is_frozen():
@@ -258,9 +362,14 @@ def test_a_run_is_frozen():
 # For reading
 
 
+def options(text: str) -> list[str]:
+    """The lines of a rendered run that give options their values, without documentation and marks."""
+    return [line[2:] for line in text.splitlines() if " = " in line and not line.startswith(" " * 8)]
+
+
 def test_render_shows_every_option_its_meaning_and_what_differs():
     text = render(changed(optimizer__peak_lr="0.5"))
-    names = [line[2:].split(" = ")[0] for line in text.splitlines() if " = " in line and line[2:3].strip()]
+    names = [line.split(" = ")[0] for line in options(text)]
     absent = {name for name in option_names() if name.startswith("model.rope_scaling.")}
     assert set(names) == set(option_names()) - absent | {"model.rope_scaling"}
     assert "* optimizer.peak_lr = 0.5  (default 0.0003)\n        Learning rate at the end of the warmup.\n" in text
@@ -270,8 +379,7 @@ def test_render_shows_every_option_its_meaning_and_what_differs():
 
 def test_rendered_values_can_be_given_back_as_overrides():
     run = changed(model__moe_layers="1,2", data__mixture__text="0.25", model__rope_scaling="{}", name="other")
-    lines = [line[2:] for line in render(run, docs=False).splitlines() if " = " in line]
-    overrides = dict(line.split("  (default")[0].split(" = ", 1) for line in lines)
+    overrides = dict(line.split("  (default")[0].split(" = ", 1) for line in options(render(run)))
     unquoted = {name: value.strip("'") for name, value in overrides.items()}
     base = dataclasses.replace(RunConfig(), model=ModelConfig(vision=VisionConfig(), rope_scaling=RopeScaling()))
     assert resolve(to_config_dict(base), unquoted, "the test") == run

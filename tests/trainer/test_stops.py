@@ -1,0 +1,29 @@
+"""Runs that stop by themselves: with one message, and with what was saved before left whole."""
+
+import json
+from pathlib import Path
+
+from tests.trainer.processes import finish, metrics, start
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    # The first step throws the weights so far away that nothing after it is finite.
+    arguments = (
+        "--config.optimizer.peak_lr=1e30",
+        "--config.optimizer.clip_norm=0",
+        "--config.optimizer.max_skipped=3",
+    )
+    output = finish(start(tmp_path, *arguments), 2)
+    assert "was not finite 3 steps in a row" in output and "optimizer.peak_lr" in output
+    assert "Traceback" not in output
+    assert metrics(tmp_path)[-1]["skipped"] == 3
+
+
+def test_a_save_that_finds_no_room_stops_the_run_and_is_explained(tmp_path: Path) -> None:
+    small_files = ("sh", "-c", 'ulimit -f 300; exec "$@"', "sh")  # 150 KiB
+    output = finish(start(tmp_path, "--config.compile_cache=", through=small_files), 2)
+    assert "cannot be written" in output and "start the same command again" in output
+    assert "Traceback" not in output
+    assert not [entry for entry in (tmp_path / "checkpoints").iterdir() if entry.name.isdigit()]
+    finish(start(tmp_path, "--allow-config-change"))
+    assert json.loads((tmp_path / "evaluation.json").read_text())["step"] == 40
