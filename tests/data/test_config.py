@@ -3,6 +3,9 @@
 import pytest
 
 from data.config import DataConfig
+from sharding.errors import UserError
+from trainer.config import RunConfig
+from trainer.sections import resolve, to_config_dict
 
 
 def test_the_defaults_have_no_problems():
@@ -16,13 +19,16 @@ def test_the_defaults_have_no_problems():
         ({"mixture": {"text": -1.0, "scenes": 2.0}}, "none below zero"),
         ({"mixture": {}}, "a sum above zero"),
         ({"sequence_length": 2}, "expected 3 or more"),
-        ({"batch_size": 0}, "expected 1 or more"),
-        ({"prefetch": 0}, "expected 1 or more"),
-        ({"workers": -1}, "expected 0 or more"),
-        ({"answer_weight": -0.5}, "expected 0 or more"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(change, message):
     problems = list(DataConfig(**change).problems())
     assert [name for name, _ in problems] == list(change)
     assert message in problems[0][1]
+
+
+@pytest.mark.parametrize("change", ["batch_size=0", "prefetch=0", "workers=-1", "answer_weight=-0.5"])
+def test_numbers_out_of_range_are_refused_with_the_option_and_what_was_found(change):
+    name, value = change.split("=")
+    with pytest.raises(UserError, match=rf"data\.{name}: found {value}, expected"):
+        resolve(to_config_dict(RunConfig()), {f"data.{name}": value}, "a test")
