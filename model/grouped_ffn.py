@@ -1,8 +1,8 @@
 """The experts' SwiGLU over rows sorted by expert: one seam, one implementation per platform.
 
 Every implementation computes `(silu(x gate_e) * (x up_e)) down_e` for the rows of each group e. What it gives for rows
-after the last group is undefined: `grouped_ffn` clears them, before and after, whatever the kernel. Which one is used is
-chosen by platform, from measurement:
+after the last group is undefined: `grouped_ffn` clears them, before and after, whatever the kernel. Which one is used
+depends on the platform; only the CPU's has been measured here:
 
 - CPU: `blocks`. `lax.ragged_dot` there computes every expert on every row (8 experts: 8 times a dense layer of the same
   work; `benchmarks/experts.py` prints it).
