@@ -41,6 +41,7 @@ setup(
         "dev": [
             "autograd>=1.9,<2",
             "hypothesis>=6.170,<7",
+            "jinja2>=3.1.6,<4",
             "pyright>=1.1.414,<2",
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 Problem = tuple[str, str]
 
@@ -12,12 +12,16 @@ SOURCES = ("text", "scenes")
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What the data needs to know of the vision encoder (not an option: derived from `model.vision`)."""
+    """How a picture becomes tiles and tokens (not an option: derived from `model.vision` and `DataConfig`)."""
 
     tile_size: int
     """Side of a tile, in pixels."""
     tokens_per_tile: int
     """Patch tokens that stand for one tile in the sequence."""
+    max_tiles: int
+    """Tiles that one picture may be cut into, its global tile aside."""
+    resize_to_max_canvas: bool = False
+    """A picture that fits a canvas without shrinking takes the largest one and grows to it, not the smallest."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,13 @@ class DataConfig:
     """Image tiles that a row can hold, M. A row is closed early when its tiles are used up; 0 only without scenes."""
     max_tiles: int = 4
     """Tiles that one image may be cut into, its global tile aside."""
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
-    """Byte-level BPE trained once on the training split and cached, or plain bytes."""
+    resize_to_max_canvas: bool = False
+    """Cut small images into as many tiles as max_tiles allows, enlarged, instead of as few as hold them."""
+    tokenizer: str = "bpe"
+    """`bpe` (byte-level, trained once on the training split and cached), `bytes`, or the path of a Hugging Face
+    tokenizer.json or of the folder that holds one."""
     tokenizer_size: int = 1024
-    """Tokens in the BPE vocabulary, special tokens included; at most model.vocab_size."""
+    """Tokens in the BPE vocabulary that is trained, special tokens included; at most model.vocab_size."""
     scenes: int = 32768
     """Drawn scenes of the training split. A run that uses them up begins again."""
     answer_weight: float = 1.0
@@ -63,5 +70,7 @@ class DataConfig:
             yield "mixture", f"found weights {dict(self.mixture)}, expected none below zero and a sum above zero"
         if self.sequence_length < 3:
             yield "sequence_length", f"found {self.sequence_length}, expected 3 or more"
+        if not self.tokenizer.strip():
+            yield "tokenizer", f"found {self.tokenizer!r}, expected bpe, bytes or the path of a tokenizer.json"
         if self.tiles_per_row == 0 and self.mixture.get("scenes", 0) > 0:
             yield "tiles_per_row", "found 0, expected 1 or more when the mixture has scenes"

@@ -7,6 +7,7 @@ import argparse
 import random
 from pathlib import Path
 
+from data.config import ImageSpec
 from data.scene_text import document
 from data.scenes import HELD_OUT_START, draw, make_scene
 
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="data.seed of the run (default: 0)")
     options = parser.parse_args()
     index = options.index + (HELD_OUT_START if options.held_out else 0)
-    scene = make_scene(options.seed, index, options.size, max_tiles=4)
+    scene = make_scene(options.seed, index, ImageSpec(options.size, tokens_per_tile=4, max_tiles=4))
     draw(scene).save(options.path)
     print("".join(piece.text for piece in document(scene, random.Random(f"text/{options.seed}/{index}"))), end="")
 

@@ -3,10 +3,12 @@
 A picture is laid on a canvas of rows x columns tiles, chosen by its aspect ratio and size, scaled down (or up, to at
 most one tile a side), padded at the right and the bottom with black, and cut row by row. With more than one tile, a
 global tile follows: the whole picture squeezed into one tile, its aspect ratio ignored. Tiles stay uint8; the model
-normalises them.
+normalises them. With `ImageSpec.resize_to_max_canvas` small pictures take large canvases, and grow to them.
 
 Source of the rules: transformers `models/llama4/image_processing_llama4_fast.py`; of the token layout:
 `models/llama4/processing_llama4.py`.
+
+Letters: n tiles of a picture, t side of a tile in pixels.
 """
 
 import functools
@@ -17,23 +19,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.config import ImageSpec
 from data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, PATCH, TILE_X_SEPARATOR, TILE_Y_SEPARATOR
 from sharding.errors import UserError
+
+_LONGEST_SIDE = 2**16 - 1
+"""Pixels, that of JPEG. To scale a strip with a longer side takes gigabytes, however few pixels it has."""
+_VECTOR_FORMATS = ("EPS", "WMF")
+"""Pillow knows them, but would start another program to draw them."""
 
 
 def load_image(path: str | Path) -> Image.Image:
     """The picture in this file: RGB, upright (EXIF orientation applied), transparency on white.
 
+    Of an animation, and of a file with several pictures, the first one (of an animated PNG, what a viewer without
+    animation shows). 16 bits a channel become the upper 8.
+
     Raises:
-        UserError: the file is missing, no picture, damaged, or too large to decode safely. The message names it.
+        UserError: the file is missing, no picture, damaged, too large to decode safely, or of pixels without a known
+            scale. The message names it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                _check_header(image, path)
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(ImageOps.exif_transpose(image), path)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"image {path}: there is no such file. Check the path.") from None
     except IsADirectoryError:
@@ -41,8 +56,10 @@ def load_image(path: str | Path) -> Image.Image:
     except PermissionError:
         raise UserError(f"image {path}: not allowed to read it. Change its permissions.") from None
     except UnidentifiedImageError:
+        size = Path(path).stat().st_size
         raise UserError(
-            f"image {path}: found no picture format that Pillow knows, expected PNG, JPEG or alike."
+            f"image {path}: found {size:,} bytes in no picture format that Pillow knows, expected PNG, JPEG or alike. "
+            "If it is one of another format (HEIC, SVG), convert it; if not, save or download it again."
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
@@ -52,65 +69,86 @@ def load_image(path: str | Path) -> Image.Image:
         raise UserError(f"image {path}: damaged or cut short ({error}). Save or download it again.") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _check_header(image: Image.Image, path: str | Path) -> None:
+    """Refuses what should not even be decoded."""
+    if max(image.size) > _LONGEST_SIDE:
+        raise UserError(
+            f"image {path}: found {image.width:,} x {image.height:,} pixels, expected at most {_LONGEST_SIDE:,} a "
+            "side. Scale it down, or cut it."
+        )
+    if image.format in _VECTOR_FORMATS:
+        raise UserError(f"image {path}: found {image.format}, a drawing and no pixels. Convert it, to PNG for example.")
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     """The picture as RGB; transparent parts show white, 16-bit greys are scaled to 8 bits."""
-    if image.mode == "RGB":
-        return image
+    if image.mode == "F":
+        raise UserError(
+            f"image {path}: found floating-point pixels, whose black and white nobody knows, expected whole numbers. "
+            "Save it with 8 or 16 bits."
+        )
     if image.mode.startswith("I"):  # Pillow would clip these at 255
-        grey = np.clip(np.asarray(image, np.int64) // 257, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() >= 2**16:
+            raise UserError(
+                f"image {path}: found grey values from {grey.min():,} to {grey.max():,}, expected 0 to {2**16 - 1:,}. "
+                "Save it with 8 or 16 bits."
+            )
+        clear = grey == image.info.get("transparency", -1)
+        return Image.fromarray(np.where(clear, 255, grey >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def choose_canvas(height: int, width: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
+def choose_canvas(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
     """Rows and columns of tiles for a picture of this size.
 
     The smallest canvas on which the picture need not shrink, else the one on which it shrinks least; of several, the
-    one with the smallest area.
+    one with the smallest area. With `resize_to_max_canvas`, the canvas on which the picture can grow most.
     """
-    canvases = _canvases(max_tiles)
-    size = np.array([(rows * tile_size, columns * tile_size) for rows, columns in canvases], np.float32)
+    canvases = _canvases(spec.max_tiles)
+    size = np.array(canvases, np.float32) * spec.tile_size
     scales = np.minimum(size[:, 1] / np.float32(width), size[:, 0] / np.float32(height))
     growing = scales[scales >= 1]
-    best = growing.min() if growing.size else scales.max()
+    best = growing.min() if growing.size and not spec.resize_to_max_canvas else scales.max()
     return min((canvases[i] for i in np.flatnonzero(scales == best)), key=math.prod)
 
 
-def resized(height: int, width: int, tile_size: int, canvas: tuple[int, int]) -> tuple[int, int]:
+def resized(height: int, width: int, canvas: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """(height, width) that the picture is scaled to before it is padded to the canvas, its aspect ratio kept.
 
-    A picture grows to at most one tile a side.
+    A picture grows to at most one tile a side; with `resize_to_max_canvas`, to the canvas.
     """
-    target_h = min(max(height, tile_size), canvas[0] * tile_size)
-    target_w = min(max(width, tile_size), canvas[1] * tile_size)
+    target_h, target_w = canvas[0] * spec.tile_size, canvas[1] * spec.tile_size
+    if not spec.resize_to_max_canvas:
+        target_h = min(max(height, spec.tile_size), target_h)
+        target_w = min(max(width, spec.tile_size), target_w)
     scale_h, scale_w = target_h / height, target_w / width
     if scale_w < scale_h:
         return max(min(math.floor(height * scale_w), target_h), 1), target_w
     return target_h, max(min(math.floor(width * scale_h), target_w), 1)
 
 
-def tiles(image: Image.Image, tile_size: int, max_tiles: int) -> tuple[np.ndarray, tuple[int, int]]:
+def tiles(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int]]:
     """Cuts a picture into tiles.
 
     Args:
         image: RGB.
-        tile_size: side t of a tile, in pixels.
-        max_tiles: tiles of the canvas at most, the global tile aside.
+        spec: the size of a tile, and how many there may be.
 
     Returns:
         uint8 [n, t, t, 3], row by row, then the global tile if there is more than one; and the canvas (rows, columns).
     """
-    canvas = rows, columns = choose_canvas(image.height, image.width, tile_size, max_tiles)
-    height, width = resized(image.height, image.width, tile_size, canvas)
-    padded = np.zeros((rows * tile_size, columns * tile_size, 3), np.uint8)
+    t = spec.tile_size
+    canvas = rows, columns = choose_canvas(image.height, image.width, spec)
+    height, width = resized(image.height, image.width, canvas, spec)
+    padded = np.zeros((rows * t, columns * t, 3), np.uint8)
     padded[:height, :width] = _resize(image, width, height)
-    cut = padded.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 1, 3, 4)
-    cut = cut.reshape(rows * columns, tile_size, tile_size, 3)
+    cut = padded.reshape(rows, t, columns, t, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, t, t, 3)
     if rows * columns > 1:
-        cut = np.concatenate([cut, _resize(image, tile_size, tile_size)[None]])
+        cut = np.concatenate([cut, _resize(image, t, t)[None]])
     return cut, canvas
 
 
@@ -119,16 +157,17 @@ def tile_count(canvas: tuple[int, int]) -> int:
     return 1 if canvas == (1, 1) else math.prod(canvas) + 1
 
 
-def layout(canvas: tuple[int, int], tokens_per_tile: int) -> list[str]:
+def layout(canvas: tuple[int, int], spec: ImageSpec) -> list[str]:
     """Names of the special tokens that stand for a picture in the text."""
     rows, columns = canvas
+    patches = [PATCH] * spec.tokens_per_tile
     names = [IMAGE_START]
     if rows * columns > 1:
         for _ in range(rows):
             for column in range(columns):
-                names += [PATCH] * tokens_per_tile
+                names += patches
                 names.append(TILE_X_SEPARATOR if column < columns - 1 else TILE_Y_SEPARATOR)
-    return [*names, IMAGE, *[PATCH] * tokens_per_tile, IMAGE_END]
+    return [*names, IMAGE, *patches, IMAGE_END]
 
 
 @functools.cache

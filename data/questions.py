@@ -52,7 +52,7 @@ def heldout_questions(config: DataConfig, image: ImageSpec, tokenizer: Tokenizer
     pools: dict[tuple[str, bool], list[tuple[int, Ask]]] = defaultdict(list)
     answers: dict[tuple[str, bool], Counter[str]] = defaultdict(Counter)
     for i in range(HELD_OUT_SCENES):
-        scenes.append(drawn.make_scene(config.seed, drawn.HELD_OUT_START + i, image.tile_size, config.max_tiles))
+        scenes.append(drawn.make_scene(config.seed, drawn.HELD_OUT_START + i, image))
         for ask in scene_text.questions(scenes[i]):
             novel = any(thing.novel for thing in ask.about)
             pools[ask.attribute, novel].append((i, ask))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from data.config import ImageSpec
+
 COLOURS = {
     "red": (220, 30, 35),
     "green": (30, 150, 50),
@@ -88,19 +90,20 @@ class Scene:
     """Displacement (x, y) of the word from the middle of its half, in pixels."""
 
 
-def make_scene(seed: int, index: int, tile_size: int, max_tiles: int) -> Scene:
+def make_scene(seed: int, index: int, image: ImageSpec) -> Scene:
     """The scene of this index.
 
     Args:
         seed: data seed.
         index: 0 and up for training, `HELD_OUT_START` and up for held-out scenes.
-        tile_size: side of a tile in pixels; most scenes are one tile, 1 in 12 is two tiles wide or tall.
-        max_tiles: tiles that an image may be cut into; below 2 all scenes are one tile.
+        image: decides the size. Most scenes are as large as a tile, 1 in 12 is two tiles wide or tall (none if
+            pictures are not cut).
     """
+    tile_size = image.tile_size
     rng = random.Random(f"scene/{seed}/{index}")
     held_out = index >= HELD_OUT_START
     wide, tall = 1, 1
-    if max_tiles >= 2 and rng.random() < 1 / 12:
+    if image.max_tiles >= 2 and rng.random() < 1 / 12:
         wide, tall = (2, 1) if rng.random() < 0.5 else (1, 2)
     width, height = wide * tile_size, tall * tile_size
 
@@ -135,11 +138,6 @@ def make_scene(seed: int, index: int, tile_size: int, max_tiles: int) -> Scene:
     grey = rng.randrange(205, 246)
     background = _jitter(rng, (grey, grey, grey), 8)
     return Scene(index, width, height, background, tuple(things), word, word_row, word_offset)
-
-
-def tile_grid(scene: Scene, tile_size: int) -> tuple[int, int]:
-    """Rows and columns of tiles that the picture is cut into; its size is an exact multiple of the tile."""
-    return scene.height // tile_size, scene.width // tile_size
 
 
 def draw(scene: Scene) -> Image.Image:

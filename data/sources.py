@@ -17,8 +17,18 @@ import numpy as np
 from data import cache, scene_text, text
 from data import scenes as drawn
 from data.config import DataConfig, ImageSpec
-from data.images import layout, tile_count, tiles
-from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, IMAGE_TOKENS, Tokenizer, load_bpe, load_bytes
+from data.images import choose_canvas, layout, tile_count, tiles
+from data.tokenizer import (
+    BEGIN_OF_TEXT,
+    END_OF_TEXT,
+    IMAGE_TOKENS,
+    SPECIAL_TOKENS,
+    TEXT_TOKENS,
+    Tokenizer,
+    load_bpe,
+    load_bytes,
+    load_file,
+)
 from sharding.errors import UserError
 
 HELD_OUT_SCENES = 4096
@@ -76,13 +86,25 @@ class Source:
 
 
 def load_tokenizer(config: DataConfig, image: ImageSpec | None) -> Tokenizer:
-    """The tokenizer that the config asks for, trained on the training split if it has to be."""
+    """The tokenizer that the options name; a BPE is trained on the training split, or taken from the cache.
+
+    Raises:
+        UserError: there is none under that name, it cannot be used, or it lacks a special token that the data needs.
+    """
+    with_scenes = config.mixture.get("scenes", 0) > 0
     if config.tokenizer == "bytes":
         return load_bytes()
+    if config.tokenizer != "bpe":
+        try:
+            tokenizer = load_file(config.tokenizer)
+            tokenizer.require(SPECIAL_TOKENS if with_scenes else TEXT_TOKENS)
+        except UserError as error:
+            raise UserError(f"data.tokenizer (bpe, bytes or a path): {error}") from error
+        return tokenizer
     texts = []
     if config.mixture.get("text", 0) > 0:
         texts += [file.text for file in text.standard_library().files if not file.held_out]
-    if image is not None and config.mixture.get("scenes", 0) > 0:
+    if image is not None and with_scenes:
         for index in range(_SCENES_FOR_TOKENIZER):
             _, pieces = _scene_document(config, image, index)
             texts.append("".join(piece.text for piece in pieces))
@@ -113,7 +135,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 def scene_prefix(scene: drawn.Scene, image: ImageSpec, tokenizer: Tokenizer) -> list[int]:
     """Tokens that a scene's document begins with: begin-of-text and the picture."""
-    names = layout(drawn.tile_grid(scene, image.tile_size), image.tokens_per_tile)
+    names = layout(choose_canvas(scene.height, scene.width, image), image)
     return [tokenizer.special[BEGIN_OF_TEXT], *(tokenizer.special[name] for name in names)]
 
 
@@ -177,7 +199,7 @@ def _scenes(config: DataConfig, image: ImageSpec | None, held_out: bool, tokeniz
     first = drawn.HELD_OUT_START if held_out else 0
     count = HELD_OUT_SCENES if held_out else config.scenes
     code = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (drawn, scene_text)))
-    parts = (code.hexdigest(), tokenizer.digest, config.seed, first, count, image, config.max_tiles)
+    parts = (code.hexdigest(), tokenizer.digest, config.seed, first, count, image)
     stored = cache.arrays(
         cache_folder(config),
         _cache_name("scenes", *parts),
@@ -202,16 +224,16 @@ def _scenes(config: DataConfig, image: ImageSpec | None, held_out: bool, tokeniz
         tile_counts=tile_counts,
         unweighted=tuple(tokenizer.special[name] for name in (BEGIN_OF_TEXT, *IMAGE_TOKENS)),
         answer_weight=config.answer_weight,
-        make_tiles=partial(_scene_tiles, config.seed, first, image.tile_size, config.max_tiles),
+        make_tiles=partial(_scene_tiles, config.seed, first, image),
     )
 
 
-def _scene_tiles(seed: int, first: int, tile_size: int, max_tiles: int, i: int) -> np.ndarray:
-    return tiles(drawn.draw(drawn.make_scene(seed, first + i, tile_size, max_tiles)), tile_size, max_tiles)[0]
+def _scene_tiles(seed: int, first: int, image: ImageSpec, i: int) -> np.ndarray:
+    return tiles(drawn.draw(drawn.make_scene(seed, first + i, image)), image)[0]
 
 
 def _scene_document(config: DataConfig, image: ImageSpec, index: int) -> tuple[drawn.Scene, list[scene_text.Piece]]:
-    scene = drawn.make_scene(config.seed, index, image.tile_size, config.max_tiles)
+    scene = drawn.make_scene(config.seed, index, image)
     return scene, scene_text.document(scene, random.Random(f"text/{config.seed}/{index}"))
 
 
@@ -236,7 +258,7 @@ def _index_scenes(config: DataConfig, image: ImageSpec, indices: range, tokenize
         tokens.append(end)
         answers.append(False)
         starts.append(len(tokens))
-        tile_counts.append(tile_count(drawn.tile_grid(scene, image.tile_size)))
+        tile_counts.append(tile_count(choose_canvas(scene.height, scene.width, image)))
     return {
         "tokens": _compact(tokens, tokenizer),
         "answers": np.array(answers, bool),

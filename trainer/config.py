@@ -136,9 +136,11 @@ class RunConfig:
 
     @property
     def image_spec(self) -> ImageSpec | None:
-        """The vision encoder as the data sees it."""
-        vision = self.model.vision
-        return ImageSpec(vision.image_size, vision.tokens_per_tile) if vision else None
+        """How pictures become tiles and tokens; None without a vision encoder."""
+        vision, data = self.model.vision, self.data
+        if vision is None:
+            return None
+        return ImageSpec(vision.image_size, vision.tokens_per_tile, data.max_tiles, data.resize_to_max_canvas)
 
     def problems(self) -> Iterator[Problem]:
         """Conflicts between sections; each section names its own."""

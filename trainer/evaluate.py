@@ -73,7 +73,7 @@ def question_scores(
     Returns `questions` (right answers by attribute, combination and condition) and `samples` for the report.
     """
     questions = heldout_questions(data, image, tokenizer, count)
-    prompts = [_prompt(question, tokenizer, data, image) for question in questions]
+    prompts = [_prompt(question, tokenizer, image) for question in questions]
     tallies: dict[tuple[str, str, str], dict[str, Any]] = {}
     samples = []
     for condition in ("real", "shuffled", "blank"):
@@ -103,9 +103,9 @@ def question_scores(
     return {"questions": list(tallies.values()), "samples": samples}
 
 
-def _prompt(question: Question, tokenizer: Tokenizer, data: DataConfig, image: ImageSpec) -> Prompt:
+def _prompt(question: Question, tokenizer: Tokenizer, image: ImageSpec) -> Prompt:
     tokens = np.asarray(question.prompt_tokens, np.int32)
-    tiles_M, _ = tiles(question.image, image.tile_size, data.max_tiles)
+    tiles_M, _ = tiles(question.image, image)
     places = np.flatnonzero(tokens == tokenizer.special[PATCH]).reshape(len(tiles_M), image.tokens_per_tile)
     return Prompt(tokens, tiles_M, places)
 

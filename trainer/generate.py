@@ -31,12 +31,12 @@ def generate(
     directory = RunDirectory(workdir)
     run = directory.load_config()
     configure_jax(run)
-    tokenizer = directory.load_tokenizer()
-    request = make_prompt(run, tokenizer, prompt, images)
     checkpoints = Checkpoints(directory.checkpoints)
     step = checkpoints.latest()
     if step is None:
         raise UserError(f"{directory.root}: has no checkpoint yet. Train it first: drover train --workdir {workdir}.")
+    tokenizer = directory.load_tokenizer(checkpoints.metadata(step)["tokenizer_digest"])
+    request = make_prompt(run, tokenizer, prompt, images)
     device = jax.devices()[0]
     state = checkpoints.restore_weights(step, abstract_state(run, device))
     decoder = Decoder(Skeleton(run.model, device.platform), state.params, state.router_bias)
@@ -56,7 +56,7 @@ def make_prompt(run: RunConfig, tokenizer: Tokenizer, text: str, images: Sequenc
         raise UserError(f"--image: the model of run {run.name} has no vision encoder (model.vision is None).")
     tokens, tile_list = [tokenizer.special[BEGIN_OF_TEXT]], []
     for path in images:
-        names, tiles_M = _image_tokens(path, spec, run.data.max_tiles)  # pyright: ignore[reportArgumentType]
+        names, tiles_M = _image_tokens(path, spec)  # pyright: ignore[reportArgumentType]
         tokens += [tokenizer.special[name] for name in names]
         tile_list.append(tiles_M)
     ids = np.asarray(tokens + tokenizer.encode(text), np.int32)
@@ -67,6 +67,6 @@ def make_prompt(run: RunConfig, tokenizer: Tokenizer, text: str, images: Sequenc
     return Prompt(ids, all_tiles, places)
 
 
-def _image_tokens(path: Path, spec: ImageSpec, max_tiles: int) -> tuple[list[str], np.ndarray]:
-    tiles_M, canvas = tiles(load_image(path), spec.tile_size, max_tiles)
-    return layout(canvas, spec.tokens_per_tile), tiles_M
+def _image_tokens(path: Path, spec: ImageSpec) -> tuple[list[str], np.ndarray]:
+    tiles_M, canvas = tiles(load_image(path), spec)
+    return layout(canvas, spec), tiles_M

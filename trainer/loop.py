@@ -101,8 +101,9 @@ class Run:
         self.dataset = build_dataset(run.data, run.image_spec, "train")
         if self.dataset.tokenizer.size > run.model.vocab_size:
             raise UserError(
-                f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, the "
-                "size of the tokenizer. Raise it, or lower data.tokenizer_size."
+                f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, as "
+                f"many ids as {self.dataset.tokenizer.source} has. Raise it, or choose a smaller tokenizer "
+                "(data.tokenizer, data.tokenizer_size)."
             )
         self.checkpoints = Checkpoints(self.directory.checkpoints, run.checkpoint)
         stack.callback(self.checkpoints.close)

@@ -1,7 +1,7 @@
 """The run directory: everything a run writes, one process at a time.
 
 config.json      the resolved run
-tokenizer.json   the tokenizer that the run was started with
+tokenizer.json   the tokenizer that the run was started with, as Hugging Face writes one
 run.json         facts of the latest start: devices, versions, parameters, compile time
 checkpoints/     Orbax checkpoints, one folder a step
 metrics/         metrics.jsonl and TensorBoard events
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_file
 from sharding.errors import UserError
 from trainer.config import RunConfig
 from trainer.metrics import FILE_NAME, replace_file
@@ -97,16 +97,28 @@ class RunDirectory:
     def save(self, run: RunConfig, tokenizer: Tokenizer) -> None:
         """Writes the config, and keeps the tokenizer: another Python has another standard library to train one on."""
         write_json(self.config, to_plain(run))
-        write_json(self.tokenizer, {"digest": tokenizer.digest, "bpe": tokenizer.serialised})
+        replace_file(self.tokenizer, tokenizer.serialised)
 
-    def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that `save` kept; raises `UserError` where it is not whole."""
-        saved = read_json(self.tokenizer, "the tokenizer of a run directory made by `drover train`")
-        tokenizer = Tokenizer(saved["bpe"])
-        if tokenizer.digest != saved["digest"]:
+    def load_tokenizer(self, digest: str) -> Tokenizer:
+        """The tokenizer that `save` kept.
+
+        Args:
+            digest: what a checkpoint of this run says of the tokenizer that it was trained with.
+
+        Raises:
+            UserError: the file is missing or damaged, or is another tokenizer.
+        """
+        try:
+            tokenizer = load_file(self.tokenizer)
+        except UserError as error:
             raise UserError(
-                f"{self.tokenizer}: digest found {tokenizer.digest}, expected {saved['digest']}. The file was changed, "
-                "or was written by another version; restore it from a copy of the run directory."
+                f"{error}\nIt should be the tokenizer that the run was started with: restore it from a copy. Run "
+                "directories of an earlier version keep another form of it, which cannot be read any more."
+            ) from error
+        if tokenizer.digest != digest:
+            raise UserError(
+                f"{self.tokenizer}: digest found {tokenizer.digest}, expected {digest}, with which the checkpoint was "
+                "saved. The file was changed, or is another run's: restore it from a copy."
             )
         return tokenizer
 

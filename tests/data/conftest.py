@@ -7,7 +7,7 @@ import pytest
 from data.config import DataConfig, ImageSpec
 from data.pipeline import Dataset, build_dataset
 
-IMAGE = ImageSpec(tile_size=32, tokens_per_tile=4)
+IMAGE = ImageSpec(tile_size=32, tokens_per_tile=4, max_tiles=4)
 
 
 @pytest.fixture(scope="session")

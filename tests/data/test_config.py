@@ -19,6 +19,7 @@ def test_the_defaults_have_no_problems():
         ({"mixture": {"text": -1.0, "scenes": 2.0}}, "none below zero"),
         ({"mixture": {}}, "a sum above zero"),
         ({"sequence_length": 2}, "expected 3 or more"),
+        ({"tokenizer": " "}, "expected bpe, bytes or the path of a tokenizer.json"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(change, message):

@@ -15,7 +15,7 @@ from data.config import DataConfig
 from data.images import layout, tiles
 from data.pipeline import Dataset, build_dataset
 from data.scene_text import document
-from data.scenes import HELD_OUT_START, NOVEL, draw, make_scene, tile_grid
+from data.scenes import HELD_OUT_START, NOVEL, draw, make_scene
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, IMAGE_TOKENS, PAD, PATCH
 from sharding.errors import UserError
 
@@ -35,8 +35,9 @@ def row_documents(dataset: Dataset, n: int) -> list[tuple[str, int]]:
 def slow_scene(dataset: Dataset, config, image, index: int):
     """Tokens, weights and tiles of a scene's document, one piece of text after the other."""
     tokenizer = dataset.tokenizer
-    scene = make_scene(config.seed, index, image.tile_size, config.max_tiles)
-    names = [BEGIN_OF_TEXT, *layout(tile_grid(scene, image.tile_size), image.tokens_per_tile)]
+    scene = make_scene(config.seed, index, image)
+    canvas = (scene.height // image.tile_size, scene.width // image.tile_size)
+    names = [BEGIN_OF_TEXT, *layout(canvas, image)]
     tokens, weights = [tokenizer.special[name] for name in names], [0.0] * len(names)
     for piece in document(scene, random.Random(f"text/{config.seed}/{index}")):
         ids = tokenizer.encode(piece.text)
@@ -45,7 +46,7 @@ def slow_scene(dataset: Dataset, config, image, index: int):
     return (
         [*tokens, tokenizer.special[END_OF_TEXT]],
         [*weights, 1.0],
-        tiles(draw(scene), image.tile_size, config.max_tiles)[0],
+        tiles(draw(scene), image)[0],
     )
 
 
@@ -207,6 +208,30 @@ def test_text_alone_needs_no_images(config):
 def test_a_scene_that_does_not_fit_a_row_is_refused(scenes_only, change, message):
     with pytest.raises(UserError, match=message):
         build_dataset(dataclasses.replace(scenes_only.config, **change), scenes_only.image, "train")
+
+
+def test_on_the_largest_canvas_every_scene_has_all_its_tiles(scenes_only):
+    """One tile of picture becomes four and a global one; all else is as it was."""
+    image = dataclasses.replace(scenes_only.image, resize_to_max_canvas=True)
+    large = build_dataset(scenes_only.config, image, "train")
+    assert large.digest != scenes_only.digest
+    for n in range(3):
+        batch = large.batch(n)
+        for b in range(len(batch["tokens"])):
+            patches = np.flatnonzero(batch["tokens"][b] == large.tokenizer.special[PATCH])
+            positions = batch["image_positions"][b]
+            np.testing.assert_array_equal(positions[positions >= 0], patches)
+            for segment in range(1, batch["segment_ids"][b].max() + 1):
+                ids = batch["tokens"][b][batch["segment_ids"][b] == segment]
+                index = next(i for i in range(100) if large._sources[0].document(i).tokens_S.tolist() == ids.tolist())
+                picture = draw(make_scene(scenes_only.config.seed, index, image))
+                cut, canvas = tiles(picture, image)
+                assert len(cut) == 5 if picture.width == picture.height else 3
+                expected = [large.tokenizer.special[name] for name in layout(canvas, image)]
+                assert ids[1 : 1 + len(expected)].tolist() == expected
+                at = np.flatnonzero(batch["segment_ids"][b] == segment)
+                slots = [m for m in range(len(positions)) if positions[m, 0] in at]
+                np.testing.assert_array_equal(batch["image_tiles"][b][slots], cut)
 
 
 def test_scenes_without_an_image_encoder_are_refused(scenes_only):

@@ -40,8 +40,8 @@ def test_every_attribute_is_asked_novel_and_seen(asked):
 def test_prompts_are_the_picture_and_the_question(config, image, dataset, asked):
     special = dataset.tokenizer.special
     for question in asked:
-        cut, canvas = tiles(question.image, image.tile_size, config.max_tiles)
-        prefix = [special[BEGIN_OF_TEXT], *(special[name] for name in layout(canvas, image.tokens_per_tile))]
+        cut, canvas = tiles(question.image, image)
+        prefix = [special[BEGIN_OF_TEXT], *(special[name] for name in layout(canvas, image))]
         assert list(question.prompt_tokens[: len(prefix)]) == prefix
         assert dataset.tokenizer.decode(question.prompt_tokens) == question.text
         assert list(question.prompt_tokens).count(special["<|patch|>"]) == len(cut) * image.tokens_per_tile
@@ -49,7 +49,7 @@ def test_prompts_are_the_picture_and_the_question(config, image, dataset, asked)
 
 def test_answers_and_novelty_are_the_scenes_own(config, image, asked):
     for question in asked:
-        scene = make_scene(config.seed, question.scene, image.tile_size, config.max_tiles)
+        scene = make_scene(config.seed, question.scene, image)
         assert question.image.tobytes() == draw(scene).tobytes()
         asks = [ask for ask in questions(scene) if question.text in ask.wordings]
         assert len({ask.answers for ask in asks}) == 1

@@ -1,5 +1,6 @@
 """Scenes are drawn as they are described, and what is held out never appears in training."""
 
+import dataclasses
 import random
 import re
 from collections import Counter
@@ -7,13 +8,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import scenes
+from data.config import ImageSpec
 from data.scene_text import ATTRIBUTES, document, normalise, questions
 from data.scenes import COLOURS, HELD_OUT_START, NOVEL, SHAPES, WORDS, Scene, draw, make_scene
 
 TILE = 48
-TRAIN = [make_scene(0, i, TILE, 4) for i in range(1500)]
-HELD_OUT = [make_scene(0, HELD_OUT_START + i, TILE, 4) for i in range(1500)]
+IMAGE = ImageSpec(TILE, tokens_per_tile=4, max_tiles=4)
+TRAIN = [make_scene(0, i, IMAGE) for i in range(1500)]
+HELD_OUT = [make_scene(0, HELD_OUT_START + i, IMAGE) for i in range(1500)]
 
 
 def text_of(scene: Scene, seed: int = 0) -> str:
@@ -22,9 +24,9 @@ def text_of(scene: Scene, seed: int = 0) -> str:
 
 def test_a_scene_depends_on_seed_and_index_alone():
     random.seed(5)
-    assert make_scene(0, 7, TILE, 4) == TRAIN[7]
-    assert make_scene(1, 7, TILE, 4) != TRAIN[7]
-    np.testing.assert_array_equal(np.asarray(draw(TRAIN[7])), np.asarray(draw(make_scene(0, 7, TILE, 4))))
+    assert make_scene(0, 7, IMAGE) == TRAIN[7]
+    assert make_scene(1, 7, IMAGE) != TRAIN[7]
+    np.testing.assert_array_equal(np.asarray(draw(TRAIN[7])), np.asarray(draw(make_scene(0, 7, IMAGE))))
 
 
 def test_novel_combinations_have_every_colour_and_shape_once():
@@ -62,7 +64,8 @@ def test_a_few_scenes_are_two_tiles_and_none_if_images_are_not_cut():
     sizes = Counter((scene.width, scene.height) for scene in TRAIN)
     assert set(sizes) == {(TILE, TILE), (2 * TILE, TILE), (TILE, 2 * TILE)}
     assert 0.05 < 1 - sizes[TILE, TILE] / len(TRAIN) < 0.12
-    assert {(s.width, s.height) for s in (make_scene(0, i, TILE, 1) for i in range(300))} == {(TILE, TILE)}
+    uncut = dataclasses.replace(IMAGE, max_tiles=1)
+    assert {(s.width, s.height) for s in (make_scene(0, i, uncut) for i in range(300))} == {(TILE, TILE)}
 
 
 def test_pictures_show_the_colours_where_the_scene_says():
@@ -181,7 +184,7 @@ def test_answers_are_compared_without_case_spaces_and_full_stops(answer, expecte
 
 @pytest.mark.parametrize("tile_size", [28, 64])
 def test_other_tile_sizes_scale_the_drawing(tile_size):
-    scene = make_scene(0, 3, tile_size, 4)
+    scene = make_scene(0, 3, dataclasses.replace(IMAGE, tile_size=tile_size))
     assert draw(scene).size == (scene.width, scene.height)
     assert all(0.25 * tile_size < thing.side < 0.5 * tile_size for thing in scene.things)
-    assert scenes.tile_grid(scene, tile_size) in ((1, 1), (1, 2), (2, 1))
+    assert (scene.height / tile_size, scene.width / tile_size) in ((1, 1), (1, 2), (2, 1))

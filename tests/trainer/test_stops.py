@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from tests.data import llama4
 from tests.trainer.processes import finish, metrics, start
 
 
@@ -27,3 +28,13 @@ def test_a_save_that_finds_no_room_stops_the_run_and_is_explained(tmp_path: Path
     assert not [entry for entry in (tmp_path / "checkpoints").iterdir() if entry.name.isdigit()]
     finish(start(tmp_path, "--allow-config-change"))
     assert json.loads((tmp_path / "evaluation.json").read_text())["step"] == 40
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(llama4.serialised())
+    ids = llama4.BPE_SIZE + len(llama4.SPECIAL)
+    output = finish(start(tmp_path / "run", f"--config.data.tokenizer={tmp_path}"), 2)
+    told = " ".join(output.split())
+    assert f"model.vocab_size: found 320, expected at least {ids}, as many ids as" in told
+    assert "/tokenizer.json has" in told and "Traceback" not in output
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
