@@ -33,6 +33,7 @@ setup(
         "pillow>=13,<14",
         "rich>=15,<16",
         "tensorboardX>=2.6.5,<3",
+        "tensorstore>=0.1.86,<0.2",
         "tokenizers>=0.23.3,<0.24",
     ],
     extras_require={
@@ -46,6 +47,7 @@ setup(
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17.5,<0.18",
+            "safetensors>=0.8,<0.9",
             "setuptools>=70.1",
         ],
     },

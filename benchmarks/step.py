@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from launch import environment
-from launch.cli import split_overrides
+from launch.parsing import split_overrides
 
 
 def main() -> None:

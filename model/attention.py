@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model.cache import Cached, KeysValues, chunk_of, slot_of
 from model.config import LayerKind, ModelConfig
 from model.layers import at_least_float32, matrix, rms_normalize, rotate_pairs, text_rope
 
@@ -28,13 +29,25 @@ class Layout:
     """Document of each token; 0 is padding."""
     positions_BS: jax.Array
     """Position in the document."""
+    temperature_positions_BS: jax.Array
+    """Position that the temperature of global layers goes by."""
     cos: jax.Array
     """Rotary embedding of the positions, [B, S, 1, H/2]."""
     sin: jax.Array
 
     @classmethod
     def of(cls, segment_ids_BS: jax.Array, positions_BS: jax.Array, config: ModelConfig) -> "Layout":
-        return cls(segment_ids_BS, positions_BS, *text_rope(positions_BS, config))
+        """The layout of packed rows."""
+        temperature_BS = positions_BS
+        if config.temperature_from == "row":
+            temperature_BS = jnp.broadcast_to(jnp.arange(positions_BS.shape[1]), positions_BS.shape)
+        return cls(segment_ids_BS, positions_BS, temperature_BS, *text_rope(positions_BS, config))
+
+    @classmethod
+    def of_next(cls, positions_B: jax.Array, config: ModelConfig) -> "Layout":
+        """The layout, [B,1], of one more token in rows of one document each, which begins where its row does."""
+        positions_BS = positions_B[:, None]
+        return cls(jnp.ones_like(positions_BS), positions_BS, positions_BS, *text_rope(positions_BS, config))
 
 
 def allowed(layout: Layout, queries: slice, keys: slice, chunk: int | None) -> jax.Array:
@@ -80,8 +93,15 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout, c
     return jnp.concatenate(outputs, axis=1)
 
 
+def cached_attention(q: jax.Array, seen: KeysValues, slots_B: jax.Array) -> jax.Array:
+    """Attention of one token of each row, q [B,1,N,H], to the slots [B,L,K,H] up to its own."""
+    # Slots behind its own hold nothing yet, or what is left of the chunk before.
+    mask_BL = jnp.arange(seen.k.shape[1]) <= slots_B[:, None]
+    return attend(q, seen.k, seen.v, mask_BL[:, None])
+
+
 def temperature(positions_BS: jax.Array, config: ModelConfig) -> jax.Array:
-    """Factor on the queries of global layers, [B, S]: 1 + scale x log(1 + floor((position + 1) / floor_scale))."""
+    """Factor on the queries of global layers, [B, S]: 1 + scale x log(1 + floor((position + 1) / floor))."""
     wide = (positions_BS + 1).astype(jnp.promote_types(config.dtype, jnp.float32))
     return 1 + config.temperature_scale * jnp.log1p(jnp.floor(wide / config.temperature_floor))
 
@@ -97,7 +117,11 @@ class Attention(nnx.Module):
         self.v = matrix(rngs, (D, K, H), D, config)
         self.o = matrix(rngs, (N, H, D), N * H, config)
 
-    def __call__(self, x_BSD: jax.Array, layout: Layout) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, layout: Layout, cached: Cached | None = None) -> tuple[jax.Array, KeysValues]:
+        """Attention of packed rows, and their keys and values.
+
+        With `cached`: attention of one more token of each row, [B,1,D], and the slots with that token in them.
+        """
         config, dtype = self.config, x_BSD.dtype
         q, k, v = (jnp.einsum("bsd,dnh->bsnh", x_BSD, w[...].astype(dtype)) for w in (self.q, self.k, self.v))
         if self.kind.rope:
@@ -105,8 +129,13 @@ class Attention(nnx.Module):
             if config.qk_norm:
                 q, k = rms_normalize(q, config.norm_eps), rms_normalize(k, config.norm_eps)
         elif config.temperature_tuning:
-            factor = temperature(layout.positions_BS, config)
+            factor = temperature(layout.temperature_positions_BS, config)
             q = (at_least_float32(q) * factor[..., None, None]).astype(dtype)
-        chunk = config.chunk_size if self.kind.rope else None
-        heads = packed_attention(q, k, v, layout, chunk)
-        return jnp.einsum("bsnh,nhd->bsd", heads, self.o[...].astype(dtype))
+        chunk, kept = chunk_of(self.kind, config), KeysValues(k, v)
+        if cached is None:
+            heads = packed_attention(q, k, v, layout, chunk)
+        else:
+            slots_B = slot_of(layout.positions_BS[:, 0], chunk)
+            kept = cached.slots.put(kept, cached.repeat, slots_B)
+            heads = cached_attention(q, kept.of(cached.repeat), slots_B)
+        return jnp.einsum("bsnh,nhd->bsd", heads, self.o[...].astype(dtype)), kept

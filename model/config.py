@@ -141,9 +141,11 @@ class ModelConfig:
     temperature_tuning: bool = True
     """Scale the queries of global layers by 1 + scale x log(1 + floor((position + 1) / floor))."""
     temperature_floor: float = 8192.0
-    """Positions below this are not scaled."""
+    """The position before this is the first one that is scaled."""
     temperature_scale: float = 0.1
     """Strength of the temperature tuning."""
+    temperature_from: Literal["document", "row"] = "document"
+    """Where its positions count from: the document's start, or the row's, padding and documents before it included."""
     tie_embeddings: bool = False
     """Use the embedding table as the output head."""
     norm_eps: float = 1e-5
@@ -174,6 +176,15 @@ class ModelConfig:
         moe = last_of_group(self.moe_layer_step) if self.moe_layers is None else set(self.moe_layers)
         nope = last_of_group(self.nope_layer_step) if self.nope_layers is None else set(self.nope_layers)
         return tuple(LayerKind(i in moe, i not in nope) for i in range(self.num_layers))
+
+    def cache_slots(self, kind: LayerKind, length: int) -> int:
+        """Tokens whose keys and values a layer of this kind keeps to decode documents of up to `length` tokens."""
+        return min(self.chunk_size, length) if kind.rope else length
+
+    def cache_bytes(self, length: int, bytes_per_value: int) -> int:
+        """Bytes of keys and values that decoding keeps for one document of up to `length` tokens."""
+        slots = sum(self.cache_slots(kind, length) for kind in self.layer_kinds())
+        return 2 * slots * self.num_kv_heads * self.head_dim * bytes_per_value
 
     def super_block(self) -> tuple[LayerKind, ...]:
         """The shortest run of layers that, repeated, gives the whole decoder."""

@@ -4,6 +4,8 @@ Letters: B rows, S sequence, D width, H head width (see `model/__init__.py`).
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,29 @@ from model.config import ModelConfig, RopeScaling
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in float32, or in its own precision where that is higher (a float64 test stays float64 throughout)."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def pick(stacked: jax.Array, index: jax.Array) -> jax.Array:
+    """`stacked[index]`, of which only that is read.
+
+    XLA's CPU backend computes bfloat16 in float32. Without the barrier it would convert before it indexes, and outside
+    of the loops around that: all of the weights, for every token that is decoded.
+    """
+    if stacked.dtype.itemsize < 4:
+        stacked, index = jax.lax.optimization_barrier((stacked, index))
+    return stacked[index]
+
+
+def scan_stacked(body: Callable[..., Any], start: Any, stacked: Any, unroll: int = 1) -> Any:
+    """`lax.scan` of `body(carry, layer)` over layers whose arrays are stacked along their first dim."""
+    leaves = jax.tree.leaves(stacked)
+    if all(leaf.dtype.itemsize >= 4 for leaf in leaves):
+        return jax.lax.scan(body, start, stacked, unroll=unroll)
+
+    def picked(carry: Any, i: jax.Array) -> Any:
+        return body(carry, jax.tree.map(lambda leaf: pick(leaf, i), stacked))
+
+    return jax.lax.scan(picked, start, jnp.arange(len(leaves[0])), unroll=unroll)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> nnx.Param:

@@ -28,6 +28,11 @@ class SwiGLU(nnx.Module):
         return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
+def narrowed(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The weights in `dtype`, but for those of lower precision, which the kernels widen where they use them."""
+    return weights.astype(dtype) if jnp.dtype(dtype).itemsize < weights.dtype.itemsize else weights
+
+
 class Experts(nnx.Module):
     """The routed experts' weights: gate and up [E,D,F], down [E,F,D]."""
 
@@ -122,13 +127,19 @@ class MoE(nnx.Module):
         self.experts = Experts(config, rngs)
         self.shared = SwiGLU(config, config.expert_ffn_size, rngs)
 
-    def __call__(self, x_TD: jax.Array, real_T: jax.Array, capture: bool = False) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x_TD: jax.Array, real_T: jax.Array, capture: bool = False, first_expert: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """Output and statistics. Where the experts' weights are of several layers, `first_expert` is where this layer's
+        begin; no token is padding then.
+        """
         config = self.config
         wide = at_least_float32(x_TD)
         logits_TE = wide @ self.router[...].astype(wide.dtype)
         bias_E = self.router_bias[...] if config.router_bias_rate else None
         choice_TK, score_TK = route(logits_TE, config.experts_per_token, real_T, bias_E)
-        routed_TD = self.routed(x_TD, choice_TK, score_TK.astype(x_TD.dtype))
+        expert_TK = choice_TK if first_expert is None else choice_TK + first_expert
+        routed_TD = self.routed(x_TD, expert_TK, score_TK.astype(x_TD.dtype))
         stats = router_stats(logits_TE, choice_TK, real_T)
         if capture:
             stats = dataclasses.replace(stats, logits_TE=logits_TE)
@@ -140,9 +151,9 @@ class MoE(nnx.Module):
         order_A = jnp.argsort(choice_TK.reshape(-1), stable=True)
         inverse_TK = jnp.zeros(T * K, order_A.dtype).at[order_A].set(jnp.arange(T * K), unique_indices=True)
         inverse_TK = inverse_TK.reshape(T, K)
-        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=self.config.num_experts).astype(jnp.int32)
+        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=self.experts.gate.shape[0]).astype(jnp.int32)
         experts, dtype = self.experts, x_TD.dtype
-        gate, up, down = (w[...].astype(dtype) for w in (experts.gate, experts.up, experts.down))
+        gate, up, down = (narrowed(w[...], dtype) for w in (experts.gate, experts.up, experts.down))
         rows_AD = dispatch(x_TD, order_A, inverse_TK) * score_TK.reshape(-1)[order_A][:, None]
         kernel = grouped_ffn(self.config.expert_kernel)
         return combine(kernel(rows_AD, gate, up, down, sizes_E), order_A, inverse_TK)

@@ -4,7 +4,7 @@ Letters: B rows, S sequence, T = B x S tokens, D width, V vocabulary, M tiles, P
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Attention, Layout
+from model.cache import Cache, Cached, KeysValues, chunk_of, filled
 from model.config import LayerKind, ModelConfig
 from model.grouped_ffn import kernel_for
-from model.layers import constant, matrix, normal, rms_norm
+from model.layers import constant, matrix, normal, pick, rms_norm, scan_stacked
 from model.moe import MoE, RouterStats, SwiGLU
 from model.vision import Vision, encode_used_tiles
 
@@ -52,15 +53,20 @@ class Layer(nnx.Module):
         self.ffn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
         self.ffn = MoE(config, rngs) if kind.moe else SwiGLU(config, config.dense_ffn_size, rngs)
 
-    def __call__(self, x_BSD: jax.Array, layout: Layout, capture: bool) -> tuple[jax.Array, RouterStats | None]:
+    def __call__(
+        self, x_BSD: jax.Array, layout: Layout, capture: bool = False, cached: Cached | None = None
+    ) -> tuple[jax.Array, RouterStats | None, KeysValues]:
+        """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats in a row."""
         eps = self.config.norm_eps
-        x_BSD = x_BSD + self.attn(rms_norm(x_BSD, self.attn_norm, eps), layout)
+        attended_BSD, kept = self.attn(rms_norm(x_BSD, self.attn_norm, eps), layout, cached)
+        x_BSD = x_BSD + attended_BSD
         normed = rms_norm(x_BSD, self.ffn_norm, eps)
         if isinstance(self.ffn, SwiGLU):
-            return x_BSD + self.ffn(normed), None
+            return x_BSD + self.ffn(normed), None, kept
         real_T = layout.segment_ids_BS.reshape(-1) > 0
-        out_TD, stats = self.ffn(normed.reshape(-1, normed.shape[-1]), real_T, capture)
-        return x_BSD + out_TD.reshape(x_BSD.shape), stats
+        first_expert = None if cached is None else cached.repeat * self.config.num_experts
+        out_TD, stats = self.ffn(normed.reshape(-1, normed.shape[-1]), real_T, capture, first_expert)
+        return x_BSD + out_TD.reshape(x_BSD.shape), stats, kept
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +113,11 @@ class Transformer(nnx.Module):
         weight = self.embed[...].T if self.config.tie_embeddings else self.lm_head[...]
         return weight.astype(self.config.dtype)
 
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V], in at least float32."""
+        accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.matmul(hidden, self.head(), preferred_element_type=accumulate)
+
     def encode_images(self, batch: Batch) -> jax.Array:
         """Projected features of a batch's tiles, [B, M, P, D]; zeros in unused slots."""
         tiles, positions_BMP = batch["image_tiles"], batch["image_positions"]
@@ -115,9 +126,13 @@ class Transformer(nnx.Module):
         features = encode_used_tiles(self.vision, tiles.reshape(B * M, *tiles.shape[2:]), used)
         return (features @ self.projector[...].astype(features.dtype)).reshape(B, M, P, -1)
 
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Rows of the embedding table, [..., D]; only those that are asked for change their precision."""
+        return pick(self.embed[...], tokens).astype(self.config.dtype)
+
     def embed_batch(self, batch: Batch, features_BMPD: jax.Array | None) -> jax.Array:
         """Token embeddings [B,S,D], replaced by image features at the positions that the batch names."""
-        x_BSD = self.embed[...].astype(self.config.dtype)[batch["tokens"]]
+        x_BSD = self.embed_tokens(batch["tokens"])
         if features_BMPD is None:
             return x_BSD
         B, S, D = x_BSD.shape
@@ -126,35 +141,95 @@ class Transformer(nnx.Module):
         positions = jnp.where(positions < 0, S, positions)
         return x_BSD.at[jnp.arange(B)[:, None], positions].set(features_BMPD.reshape(B, -1, D), mode="drop")
 
-    def __call__(self, batch: Batch, features_BMPD: jax.Array | None = None, capture: bool = False) -> Output:
-        """Runs a batch. `features_BMPD`, if given, are used in place of encoding the batch's images again."""
-        config = self.config
-        check_batch(batch, config)
-        if features_BMPD is None and "image_tiles" in batch and batch["image_tiles"].shape[1]:
+    def __call__(self, batch: Batch, capture: bool = False) -> Output:
+        """Runs a batch."""
+        return self._decoder(*self._inputs(batch), capture)[0]
+
+    def prefill(self, batch: Batch, length: int) -> tuple[jax.Array, Cache]:
+        """Runs a batch whose rows hold one document each, from the row's start, padding after it.
+
+        Returns what `__call__` does as `hidden_BSD`, and the cache with which `decode` goes on, to up to `length`
+        tokens a row.
+        """
+        lengths_B, config = jnp.sum(batch["segment_ids"] > 0, axis=1, dtype=jnp.int32), self.config
+
+        def keep(kind: LayerKind, tokens: KeysValues) -> KeysValues:
+            return filled(tokens, lengths_B, config.cache_slots(kind, length), chunk_of(kind, config))
+
+        output, layers = self._decoder(*self._inputs(batch), keep=keep)
+        return output.hidden_BSD, Cache(layers, lengths_B)
+
+    def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One more token of each row: the hidden state after it, [B, D], and the cache that includes it.
+
+        A row that has as many tokens as the cache was made for cannot take another one.
+        """
+        layout = Layout.of_next(cache.lengths_B, self.config)
+        graph, experts, weights = nnx.split(self.blocks, nnx.PathContains("experts"), ...)
+        # [R, E, ...] -> [R x E, ...], and not scanned over: a repeat's experts would all be copied, to use a few.
+        experts = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), experts)
+
+        def super_block(carry, inputs):
+            x_BSD, slots = carry
+            weights, repeat = inputs
+            after = []
+            for layer, of_layer in zip(nnx.merge(graph, experts, weights), slots, strict=True):
+                x_BSD, _, of_layer = layer(x_BSD, layout, cached=Cached(of_layer, repeat))
+                after.append(of_layer)
+            return (x_BSD, tuple(after)), None
+
+        # Carried, not stacked up by the scan: so each repeat writes its tokens into the one cache that there is.
+        start = self.embed_tokens(tokens_B)[:, None], cache.layers
+        (x_BSD, slots), _ = self._scan(super_block, start, (weights, jnp.arange(self._repeats)))
+        return self._normed(x_BSD)[:, 0], Cache(slots, cache.lengths_B + 1)
+
+    def _inputs(self, batch: Batch) -> tuple[jax.Array, Layout]:
+        """The first layer's input, images included, and where each token stands."""
+        check_batch(batch, self.config)
+        features_BMPD = None
+        if "image_tiles" in batch and batch["image_tiles"].shape[1]:
             features_BMPD = self.encode_images(batch)
         embedded_BSD = self.embed_batch(batch, features_BMPD)
-        layout = Layout.of(batch["segment_ids"], batch["positions"], config)
-        graph, weights = nnx.split(self.blocks)
+        return embedded_BSD, Layout.of(batch["segment_ids"], batch["positions"], self.config)
+
+    def _decoder(
+        self,
+        embedded_BSD: jax.Array,
+        layout: Layout,
+        capture: bool = False,
+        keep: Callable[[LayerKind, KeysValues], KeysValues] | None = None,
+    ) -> tuple[Output, Any]:
+        """All layers and the final norm; and, for each layer of the super-block, stacked over its repeats, what `keep`
+        makes of the layer's keys and values."""
+        config, (graph, weights) = self.config, nnx.split(self.blocks)
 
         def super_block(x_BSD, weights):
-            outputs, stats = [], []
+            outputs, stats, kept = [], [], []
             for layer in nnx.merge(graph, weights):
-                x_BSD, layer_stats = layer(x_BSD, layout, capture)
+                x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture)
                 outputs += [x_BSD] if capture else []
                 stats += [layer_stats] if layer_stats else []
-            return x_BSD, (stack(outputs), stack(stats))
+                kept += [keep(layer.kind, tokens)] if keep else []
+            return x_BSD, (stack(outputs), stack(stats), tuple(kept))
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             super_block = jax.checkpoint(super_block, policy=policy)
-        repeats = config.num_layers // len(config.super_block())
-        x_BSD, (layers, stats) = jax.lax.scan(
-            super_block, embedded_BSD, weights, unroll=1 if config.scan_layers else repeats
-        )
+        x_BSD, (layers, stats, kept) = self._scan(super_block, embedded_BSD, weights)
         # [R, layers of a super-block, ...] -> [layers, ...]
         layers, stats = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (layers, stats))
-        hidden_BSD = rms_norm(x_BSD, self.final_norm, config.norm_eps)
-        return Output(hidden_BSD, stats, layers, embedded_BSD if capture else None)
+        return Output(self._normed(x_BSD), stats, layers, embedded_BSD if capture else None), kept
+
+    @property
+    def _repeats(self) -> int:
+        """Of the super-block."""
+        return self.config.num_layers // len(self.config.super_block())
+
+    def _scan(self, super_block: Callable[..., Any], start: Any, inputs: Any) -> Any:
+        return scan_stacked(super_block, start, inputs, unroll=1 if self.config.scan_layers else self._repeats)
+
+    def _normed(self, x_BSD: jax.Array) -> jax.Array:
+        return rms_norm(x_BSD, self.final_norm, self.config.norm_eps)
 
 
 def stack(trees: list[Any]) -> Any:

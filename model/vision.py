@@ -11,7 +11,16 @@ import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig, VisionConfig
-from model.layers import LayerNorm, at_least_float32, constant, matrix, normal, rope_frequencies, rotate_pairs
+from model.layers import (
+    LayerNorm,
+    at_least_float32,
+    constant,
+    matrix,
+    normal,
+    rope_frequencies,
+    rotate_pairs,
+    scan_stacked,
+)
 
 NORM_EPS = 1e-5
 """Fixed in every release of Llama 4: the encoder does not read the decoder's epsilon."""
@@ -141,7 +150,7 @@ class Vision(nnx.Module):
 
         if self.config.remat != "none":
             block = jax.checkpoint(block)
-        encoded, _ = jax.lax.scan(block, x, weights)
+        encoded, _ = scan_stacked(block, x, weights)
         patches = self.post_norm(encoded)[:, :-1]
         features = self.adapter(pixel_shuffle(patches, self.vision.shuffle))
         return features, {"encoder_out": encoded, "adapter_out": features}

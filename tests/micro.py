@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         temperature_floor=64.0,
         init_std=0.0,
         vision=VisionConfig(
-            image_size=48, patch_size=12, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, adapter_size=32
+            image_size=48, patch_size=12, hidden_size=16, num_layers=1, num_heads=2, ffn_size=64, adapter_size=32
         ),
     )
     return to_config_dict(

@@ -38,9 +38,8 @@ class Document:
     """[M, side, side, 3], from -1 to 1."""
     slots: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros((0, 0), int))
     """[M, tokens per tile]: the position in the document that each patch token of each tile replaces."""
-    temperature_offset: int = 0
-    """Added to the positions that temperature tuning sees. Zero is right; transformers counts them from the start of
-    the row, padding and earlier documents included, and some of its stored answers can only be checked that way."""
+    start: int = 0
+    """Where in its row it stood; read only where the temperature counts from there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,7 @@ def attention(x: Any, weights: Any, rope: bool, document: Document, config: Mode
         if config.qk_norm:
             q, k = rms(q, config.norm_eps), rms(k, config.norm_eps)
     elif config.temperature_tuning:
-        p = positions + document.temperature_offset
+        p = positions + (document.start if config.temperature_from == "row" else 0)
         scale = 1 + config.temperature_scale * numpy.log(1 + numpy.floor((p + 1) / config.temperature_floor))
         q = q * scale[:, None, None]
     shared = [n // (N // config.num_kv_heads) for n in range(N)]
@@ -271,13 +270,8 @@ def pixel_shuffle(x: Any, config: VisionConfig) -> Any:
 # ------------------------------------------------------------------------------------------------------------ objective
 
 
-def documents(
-    batch: Mapping[str, numpy.ndarray], row_temperature: bool = False
-) -> Iterator[tuple[int, slice, Document]]:
-    """Every segment of a packed batch: its row, where in the row it is, and what is there as a document of its own.
-
-    `row_temperature` sets the documents' `temperature_offset` to what transformers has.
-    """
+def documents(batch: Mapping[str, numpy.ndarray]) -> Iterator[tuple[int, slice, Document]]:
+    """Every segment of a packed batch: its row, where in the row it is, and what is there as a document of its own."""
     for b in range(batch["tokens"].shape[0]):
         segments = batch["segment_ids"][b]
         for segment in range(1, int(segments.max()) + 1):
@@ -285,7 +279,7 @@ def documents(
             start, stop = int(where[0]), int(where[0]) + len(where)
             assert where.tolist() == list(range(start, stop)), "a segment is contiguous"
             assert batch["positions"][b, where].tolist() == list(range(len(where))), "positions restart in each segment"
-            document = Document(batch["tokens"][b, where], temperature_offset=start if row_temperature else 0)
+            document = Document(batch["tokens"][b, where], start=start)
             if "image_tiles" in batch:
                 inside = numpy.isin(batch["image_positions"][b], where).all(axis=-1)
                 tiles = batch["image_tiles"][b][inside]
@@ -303,7 +297,6 @@ def objective(
     router_z_coef: float,
     micro_batches: int = 1,
     router_bias: Mapping[int, Any] | None = None,
-    row_temperature: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """What a training step minimises, and its parts.
 
@@ -321,7 +314,7 @@ def objective(
         part = {name: value[m * rows : (m + 1) * rows] for name, value in batch.items()}
         logits: dict[int, list[Any]] = {}
         choices: dict[int, list[numpy.ndarray]] = {}
-        for b, where, document in documents(part, row_temperature):
+        for b, where, document in documents(part):
             stages = forward(params, document, config, router_bias)
             targets, weights, sources = (part[name][b, where] for name in ("targets", "loss_weights", "source_ids"))
             for s in numpy.flatnonzero(weights):

@@ -5,7 +5,6 @@ leaves the checkpoint before it. A checkpoint folder holds `state` (arrays) and 
 digests of data and tokenizer).
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from sharding.errors import UserError
-from trainer.config import CheckpointConfig
-from trainer.step import TrainState
+from trainer.config import CheckpointConfig, RunConfig
+from trainer.sections import from_plain
+from trainer.step import Params, TrainState
 
 Metadata = dict[str, Any]
 
@@ -89,19 +89,29 @@ class Checkpoints:
         with self._explained(step):
             return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
+    def run(self, step: int) -> RunConfig:
+        """The config that a step was saved with."""
+        return from_plain(RunConfig, self.metadata(step)["config"], f"checkpoint {self.directory / str(step)}")
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`, with the structure, dtypes and shardings of `like` (arrays or their shapes)."""
-        self._check_fits(step, _named(like))
+        self._check_fits(step, _named(like), self._stored(step))
         with self._explained(step):
             args = ocp.args.StandardRestore(_on_disk(like))  # pyright: ignore[reportCallIssue]
             saved = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         return _like(like, saved)
 
-    def restore_weights(self, step: int, like: TrainState) -> TrainState:
-        """`like` with the weights and router biases saved at `step`; its step, optimizer and counters stay."""
-        weights = {"params": like.params, "router_bias": like.router_bias}
+    def restore_weights(self, step: int, params: Params, router_bias: Params) -> tuple[Params, Params | None]:
+        """The weights and router biases saved at `step`, with the dtypes and shardings of the given shapes.
+
+        Biases are None where the checkpoint has none, such as one that was imported.
+        """
+        stored = self._stored(step)
+        weights = {"params": params}
+        if any(name[0] == "router_bias" for name in stored):
+            weights["router_bias"] = router_bias
         wanted = _on_disk(weights)
-        self._check_fits(step, _named(weights))
+        self._check_fits(step, _named(weights), stored)
         with self._explained(step):
             args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
                 item=wanted,  # pyright: ignore[reportCallIssue]
@@ -110,17 +120,30 @@ class Checkpoints:
             )
             path = self.directory / str(step) / "state"
             with ocp.PyTreeCheckpointer() as checkpointer:
-                saved = checkpointer.restore(path, args=args)
+                saved = _like(weights, checkpointer.restore(path, args=args))
+        return saved["params"], saved.get("router_bias", None if router_bias else {})
 
-        return dataclasses.replace(like, **_like(weights, saved))
+    def as_stored(self, step: int, params: Params) -> Params:
+        """The shapes of `params` in the dtypes in which a step has them."""
+        stored = {name: leaf.dtype for name, leaf in self._stored(step).items()}
+        dtypes = [stored.get(("params", *name), leaf.dtype) for name, leaf in _named(params).items()]
+        leaves = jax.tree.leaves(params)
+        shapes = [
+            jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), shapes)
 
-    def _check_fits(self, step: int, wanted: dict[tuple[str, ...], Any]) -> None:
+    def _stored(self, step: int) -> dict[tuple[str, ...], Any]:
+        """Shape and dtype of every array of a checkpoint, by name."""
+        with self._explained(step), ocp.PyTreeCheckpointer() as checkpointer:
+            stored: Any = checkpointer.metadata(self.directory / str(step) / "state").item_metadata
+            return traverse_util.flatten_dict(stored.tree)
+
+    def _check_fits(self, step: int, wanted: dict[tuple[str, ...], Any], stored: dict[tuple[str, ...], Any]) -> None:
         """Raises `UserError` where the arrays of a checkpoint are not those of the model."""
         path = self.directory / str(step)
-        with self._explained(step), ocp.PyTreeCheckpointer() as checkpointer:
-            stored: Any = checkpointer.metadata(path / "state").item_metadata
-            leaves: dict[Any, Any] = traverse_util.flatten_dict(stored.tree)
-        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         tops = {name[0] for name in wanted}
 
         def weights_first(name: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:

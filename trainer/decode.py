@@ -1,21 +1,29 @@
-"""Generating text: greedy or sampled, by running the whole row again for each token.
+"""Generating text: one pass over the prompts fills a cache of keys and values, then each token costs one token.
 
-That is enough for short answers; a cache of keys and values would make long ones faster.
-Letters: B rows, S sequence, M tiles, P patch tokens per tile, V vocabulary.
+Letters: B rows, S sequence, D width, V vocabulary, M tiles, P patch tokens per tile.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.cache import Cache
+from sharding.errors import UserError
+from trainer.sampling import Sampling, choose
 from trainer.step import Params, Skeleton
 
-ROW_MULTIPLE = 64
-"""Rows are padded to a multiple of this, so that few lengths are compiled."""
+SHORTEST = 64
+"""Length of the shortest rows and caches. Longer ones are powers of two, so that few lengths are compiled."""
+
+
+def bucket(length: int, shortest: int = SHORTEST) -> int:
+    """The smallest power of two, `shortest` at least, that is no less than `length`."""
+    return max(shortest, 1 << (length - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,58 +38,101 @@ class Prompt:
     """Position in `tokens` of each tile's patch tokens, [M, P]."""
 
 
+def rows_of(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """Prompts as a batch: one a row, padded on the right to a length of few, and to a number of tiles of few."""
+    B, S = len(prompts), bucket(max(len(prompt.tokens) for prompt in prompts))
+    batch: dict[str, np.ndarray] = {name: np.zeros((B, S), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    pictures = {}
+    for b, prompt in enumerate(prompts):
+        n = len(prompt.tokens)
+        batch["tokens"][b, :n], batch["segment_ids"][b, :n], batch["positions"][b, :n] = prompt.tokens, 1, np.arange(n)
+        if prompt.tiles is not None and prompt.image_positions is not None and len(prompt.tiles):
+            pictures[b] = prompt.tiles, prompt.image_positions
+    if pictures:
+        M = bucket(max(len(tiles) for tiles, _ in pictures.values()), shortest=1)
+        tiles, places = next(iter(pictures.values()))
+        batch["image_tiles"] = np.zeros((B, M, *tiles.shape[1:]), tiles.dtype)
+        batch["image_positions"] = np.full((B, M, places.shape[1]), -1, np.int32)
+        for b, (tiles, places) in pictures.items():
+            batch["image_tiles"][b, : len(tiles)] = tiles
+            batch["image_positions"][b, : len(tiles)] = places
+    return batch
+
+
 class Decoder:
-    """A model ready to continue prompts."""
+    """A model ready to continue prompts. Each bucket of lengths is compiled once, for each number of prompts."""
 
     def __init__(self, skeleton: Skeleton, params: Params, router_bias: Params):
-        self._skeleton, self._weights = skeleton, (params, router_bias)
-        self._encode = jax.jit(lambda weights, batch: skeleton.model(*weights).encode_images(batch))
-        self._logits = jax.jit(self._last_logits)
+        self._skeleton = skeleton
+        # Once: weights that are still in the host's memory would be sent again for every token.
+        self._weights = jax.device_put((params, router_bias))
+        self._prefill = jax.jit(self._first_token, static_argnames="length")
+        self._step = jax.jit(self._next_token, donate_argnames="cache")
 
-    def _last_logits(self, weights: Any, batch: dict[str, jax.Array], features: Any, last_B: jax.Array) -> jax.Array:
+    def _first_token(
+        self, weights: Any, batch: dict[str, jax.Array], sampling: Sampling | None, length: int
+    ) -> tuple[jax.Array, Cache]:
         model = self._skeleton.model(*weights)
-        hidden_BSD = model(batch, features).hidden_BSD
-        last_BD = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
-        return (last_BD @ model.head()).astype(jnp.float32)
+        hidden_BSD, cache = model.prefill(batch, length)
+        last_BD = jnp.take_along_axis(hidden_BSD, (cache.lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        return choose(model.logits(last_BD), cache.lengths_B, sampling), cache
 
-    def _layout(self, prompts: Sequence[Prompt], max_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Rows with room for the new tokens, and the length of each prompt, [B]."""
-        lengths_B = np.array([len(prompt.tokens) for prompt in prompts])
-        S = -(-(lengths_B.max() + max_tokens) // ROW_MULTIPLE) * ROW_MULTIPLE
-        tokens_BS = np.zeros((len(prompts), S), np.int32)
-        for row, prompt in zip(tokens_BS, prompts, strict=True):
-            row[: len(prompt.tokens)] = prompt.tokens
-        batch = {"tokens": tokens_BS, "positions": np.tile(np.arange(S, dtype=np.int32), (len(prompts), 1))}
-        with_image = [prompt for prompt in prompts if prompt.tiles is not None and prompt.image_positions is not None]
-        if with_image:
-            M = max(len(prompt.tiles) for prompt in with_image)  # pyright: ignore[reportArgumentType]
-            tile, places = with_image[0].tiles[0], with_image[0].image_positions[0]  # pyright: ignore
-            batch["image_tiles"] = np.zeros((len(prompts), M, *tile.shape), np.uint8)
-            batch["image_positions"] = np.full((len(prompts), M, len(places)), -1, np.int32)
-            for i, prompt in enumerate(prompts):
-                if prompt.tiles is not None and prompt.image_positions is not None:
-                    batch["image_tiles"][i, : len(prompt.tiles)] = prompt.tiles
-                    batch["image_positions"][i, : len(prompt.tiles)] = prompt.image_positions
-        return batch, lengths_B
+    def _next_token(
+        self, weights: Any, tokens_B: jax.Array, cache: Cache, sampling: Sampling | None
+    ) -> tuple[jax.Array, Cache]:
+        model = self._skeleton.model(*weights)
+        hidden_BD, cache = model.decode(tokens_B, cache)
+        return choose(model.logits(hidden_BD), cache.lengths_B, sampling), cache
 
     def stream(
-        self, prompts: Sequence[Prompt], max_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        temperature: float = 0.0,
+        *,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
     ) -> Iterator[np.ndarray]:
-        """Yields one new token id per prompt at a time, [B]; temperature 0 takes the likeliest."""
-        batch, lengths_B = self._layout(prompts, max_tokens)
-        images = {name: batch.pop(name) for name in ("image_tiles", "image_positions") if name in batch}
-        features = self._encode(self._weights, images) if images else None
-        places = {name: images[name] for name in images if name == "image_positions"}
-        generator, rows = np.random.default_rng(seed), np.arange(len(prompts))
-        index = np.arange(batch["tokens"].shape[1])
+        """Yields one new token id per prompt at a time, int32 [B], up to `max_tokens` times.
+
+        Args:
+            prompts: one or more, of any lengths; one that has images next to ones that have none.
+            max_tokens: new tokens of each prompt at most.
+            temperature: 0 always takes the likeliest token.
+            top_p: at a temperature above 0, draws from the fewest tokens whose probability reaches this.
+            seed: of the draws. Those of a prompt depend on its number and its own tokens, not on the other prompts.
+            stop: ids that end a row. It goes on to yield the id that ended it; once all rows have ended, so does this.
+
+        Raises:
+            UserError: a number outside its range, or a prompt without tokens.
+        """
+        if max_tokens < 1:
+            raise UserError(f"max_tokens: found {max_tokens}, expected 1 or more")
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature: found {temperature}, expected a number that is 0 or more")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p: found {top_p}, expected a number above 0 and up to 1")
+        if not prompts or not all(len(prompt.tokens) for prompt in prompts):
+            raise UserError("a prompt has no tokens; begin it with the tokenizer's begin-of-text token")
+        sampling = None
+        if temperature > 0:
+            nucleus = jnp.float32(top_p) if top_p < 1 else None
+            smallest = float(jnp.finfo(jnp.float32).tiny)
+            sampling = Sampling(jax.random.key(seed), jnp.float32(max(temperature, smallest)), nucleus)
+        return self._tokens(prompts, max_tokens, sampling, np.array(sorted(stop), np.int32))
+
+    def _tokens(
+        self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling | None, stop: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        length = bucket(max(len(prompt.tokens) for prompt in prompts) + max_tokens - 1)  # the last one is not read
+        tokens_B, cache = self._prefill(self._weights, rows_of(prompts), sampling, length=length)
+        chosen_B, stopped_B = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), bool)
         for count in range(max_tokens):
-            end_B = lengths_B + count
-            segment_ids = (index < end_B[:, None]).astype(np.int32)
-            row = {**batch, **places, "segment_ids": segment_ids}
-            logits_BV = np.asarray(self._logits(self._weights, row, features, end_B - 1))
-            if temperature > 0:
-                # The largest of logits / temperature + Gumbel noise is a draw from the softmax.
-                logits_BV = logits_BV / temperature + generator.gumbel(size=logits_BV.shape)
-            chosen_B = logits_BV.argmax(axis=1).astype(np.int32)
-            batch["tokens"][rows, end_B] = chosen_B
+            if count:
+                tokens_B, cache = self._step(self._weights, tokens_B, cache, sampling)
+            chosen_B = np.where(stopped_B, chosen_B, np.asarray(tokens_B))
+            stopped_B = np.isin(chosen_B, stop)
             yield chosen_B
+            if stopped_B.all():
+                return

@@ -10,8 +10,8 @@ import jax
 from sharding.errors import UserError
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import RunConfig
-from trainer.hf import load_pretrained
-from trainer.step import TrainState, init_state
+from trainer.hf.load import open_model
+from trainer.step import Params, TrainState, init_state
 
 
 def abstract_state(run: RunConfig, device: Any) -> TrainState:
@@ -32,44 +32,71 @@ def initialise(
     device = jax.devices()[0]
     like = abstract_state(run, device)
 
-    def fresh() -> TrainState:
+    def fresh(params: Params | None = None, router_bias: Params | None = None) -> TrainState:
+        """A state at step 0, around these weights where they are given."""
+
+        def make(given: dict[str, Params]) -> TrainState:
+            # The random weights that are replaced are never computed: nothing depends on them.
+            return dataclasses.replace(init_state(run, device.platform), **given)
+
+        given = {"params": params, "router_bias": router_bias}
+        given = {name: value for name, value in given.items() if value is not None}
         # With the sharding named, a fresh state and a restored one are the same to the compiler.
-        return jax.jit(lambda: init_state(run, device.platform), out_shardings=like.step.sharding)()
+        return jax.jit(make, out_shardings=like.step.sharding, donate_argnums=0)(given)
+
+    def weights_of(source: Checkpoints, step: int) -> tuple[TrainState, str]:
+        known = check_tokenizer(source, step, tokenizer_digest)
+        params, router_bias = source.restore_weights(step, like.params, like.router_bias)
+        notes = [] if known else ["its tokenizer is unknown"]
+        notes += ["router biases from zero"] if router_bias is None else []
+        return fresh(params, router_bias), "".join(f"; {note}" for note in notes)
 
     step = checkpoints.latest()
     if step is not None:
+        imported = checkpoints.metadata(step).get("imported_from")
+        if imported:
+            state, notes = weights_of(checkpoints, step)
+            return state, f"weights imported from {imported}{notes}"
         check_data(checkpoints, step, data_digest)
         return checkpoints.restore(step, like), f"own checkpoint, step {step}"
     if run.init.from_run:
         folder, step = locate(Path(run.init.from_run))
-        other = Checkpoints(folder)
-        check_tokenizer(other, step, tokenizer_digest)
-        return other.restore_weights(step, fresh()), f"weights of {folder.parent}, step {step}"
+        state, notes = weights_of(Checkpoints(folder), step)
+        return state, f"weights of {folder.parent}, step {step}{notes}"
     if run.init.pretrained:
-        directory = Path(run.init.pretrained).expanduser()
-        loaded = load_pretrained(directory, run.model)
-        state = fresh()
-        params = jax.tree.map(
-            lambda old, new: jax.device_put(new.astype(old.dtype), old.sharding), state.params, loaded
-        )
-        return dataclasses.replace(state, params=params), f"pretrained weights of {directory}"
+        found = open_model(Path(run.init.pretrained), run.model)
+        if found.tokenizer:
+            _same_tokenizer(f"{found.directory}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
+        note = "" if found.tokenizer else "; its tokenizer is unknown"
+        return fresh(found.weights(like.params)), f"pretrained weights of {found.directory}{note}"
     return fresh(), f"scratch, seed {run.seed}"
 
 
 def check_memory(state: TrainState, device: Any) -> None:
     """Refuses a model whose weights, gradients and optimizer state alone exceed the device's memory."""
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, state.params)))
-    stats = device.memory_stats() or {}
+    check_room(
+        tree_bytes((state, state.params)),
+        device,
+        "weights, gradients and optimizer state",
+        "A run uses one device today: take a smaller model (model.num_layers, model.num_experts).",
+    )
+
+
+def check_room(nbytes: int, device: Any, what: str, cure: str) -> None:
+    """Refuses what exceeds the device's memory."""
     if device.platform == "cpu":
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        room = stats.get("bytes_limit", total)
-    if total > room:
+        room = (device.memory_stats() or {}).get("bytes_limit", nbytes)
+    if nbytes > room:
         raise UserError(
-            f"model: weights, gradients and optimizer state need {total / 2**30:,.1f} GiB, found {room / 2**30:,.1f} GiB "
-            f"on {device.device_kind}. A run uses one device today: take a smaller model (model.num_layers, "
-            "model.num_experts)."
+            f"model: {what} need {nbytes / 2**30:,.1f} GiB, found {room / 2**30:,.1f} GiB on {device.device_kind}. {cure}"
         )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or shapes) of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def check_data(checkpoints: Checkpoints, step: int, data_digest: str) -> None:
@@ -84,12 +111,19 @@ def check_data(checkpoints: Checkpoints, step: int, data_digest: str) -> None:
         )
 
 
-def check_tokenizer(checkpoints: Checkpoints, step: int, tokenizer_digest: str) -> None:
-    """Refuses weights whose embeddings belong to other tokens."""
+def check_tokenizer(checkpoints: Checkpoints, step: int, tokenizer_digest: str) -> bool:
+    """Refuses weights whose embeddings belong to other tokens. False where the checkpoint names no tokenizer."""
     saved = checkpoints.metadata(step)["tokenizer_digest"]
-    if saved != tokenizer_digest:
+    if saved is not None:
+        _same_tokenizer(f"checkpoint {checkpoints.directory / str(step)}", saved, tokenizer_digest)
+    return saved is not None
+
+
+def _same_tokenizer(where: str, theirs: str, ours: str) -> None:
+    if theirs != ours:
         raise UserError(
-            f"checkpoint {checkpoints.directory / str(step)}: was trained with tokenizer {saved}, found {tokenizer_digest}. "
-            "A tokenizer is trained on the training split, so data.mixture, data.tokenizer, data.tokenizer_size, and "
-            "the Python whose standard library is read must be those of that run."
+            f"{where}: its tokens are those of tokenizer {theirs}, found {ours}. Set data.tokenizer to the tokenizer.json "
+            "beside those weights. Of a run on the embedded data: a tokenizer is trained on the training split, so "
+            "data.mixture, data.tokenizer, data.tokenizer_size, and the Python whose standard library is read must be "
+            "those of that run."
         )

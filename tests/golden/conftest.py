@@ -32,6 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = chosen(metafunc.config)
     for name, applicable in (
         ("golden", found),
+        ("by_row_golden", [golden for golden in found if golden.by_row_BS.any()]),
         ("vision_golden", [golden for golden in found if golden.config.vision]),
         ("trajectory_golden", [golden for golden in found if golden.path.stem == "reference" and golden.trajectory]),
     ):

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from model.config import ModelConfig
-from trainer import hf
+from trainer.hf.config import model_config_from_hf
+from trainer.hf.files import open_tensors
+from trainer.hf.table import from_hf
 
 HERE = Path(__file__).parent
 SHIPPED = tuple(HERE / name for name in ("text_scout", "text_interleaved", "text_maverick", "multimodal"))
@@ -49,12 +51,19 @@ class Golden:
         return config
 
     @functools.cached_property
+    def default_config(self) -> ModelConfig:
+        """The model as Drover reads it from config.json."""
+        return model_config_from_hf(self.config_json)
+
+    @functools.cached_property
     def config(self) -> ModelConfig:
-        return hf.model_config_from_hf(self.config_json)
+        """The same; the temperature counts from the row's start, as in Hugging Face, where this file can tell."""
+        where = "row" if self.by_row_BS.any() else "document"
+        return dataclasses.replace(self.default_config, temperature_from=where)
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        return hf.from_hf(hf.read_safetensors(self.path.parent), self.config)
+        return from_hf(open_tensors(self.path.parent), self.default_config)
 
     @functools.cached_property
     def real_BS(self) -> np.ndarray:
@@ -101,18 +110,18 @@ class Golden:
         return {"image_tiles": images, "image_positions": positions}
 
     @functools.cached_property
-    def quirky_rows(self) -> list[int]:
-        """Rows in which Hugging Face's temperature tuning differs from ours.
+    def by_row_BS(self) -> np.ndarray:
+        """[B,S]: the tokens of the documents whose answers depend on where in its row the document began.
 
-        It counts from the start of the row where ours counts from the start of the document, so a row with left padding
-        or several documents differs if that crosses a multiple of the floor.
+        Hugging Face's temperature counts from there: after padding or another document it may pass the floor sooner.
         """
-        config = self.config
+        config, segments = self.default_config, self.batch["segment_ids"]
         if not config.temperature_tuning or all(kind.rope for kind in config.layer_kinds()):
-            return []
+            return np.zeros_like(self.real_BS)
         theirs = (np.arange(self.real_BS.shape[1]) + 1) // config.temperature_floor
         ours = (self.batch["positions"] + 1) // config.temperature_floor
-        return np.flatnonzero(((theirs != ours) & self.real_BS).any(axis=1)).tolist()
+        differs = (theirs != ours) & self.real_BS
+        return np.stack([np.isin(row, row[differs[b]]) for b, row in enumerate(segments)])
 
 
 def goldens(directories: tuple[Path, ...]) -> list[Golden]:

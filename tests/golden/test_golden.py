@@ -13,8 +13,9 @@ import pytest
 
 from model.vocab_loss import token_losses
 from tests.golden.goldens import Golden
-from trainer import hf, optimizer
+from trainer import optimizer
 from trainer.config import ObjectiveConfig, OptimizerConfig, RunConfig
+from trainer.hf.table import to_hf
 from trainer.objective import next_token_objective
 from trainer.step import Skeleton, TrainState, loss_and_gradient, make_train_step
 
@@ -57,26 +58,8 @@ def ours(golden: Golden) -> dict[str, Any]:
 
     with jax.default_matmul_precision("highest"):
         result = jax.device_get(run(golden.params, golden.batch))
-    result["gradient"] = hf.to_hf(result["gradient"], golden.config)
+    result["gradient"] = to_hf(result["gradient"], golden.config)
     return result
-
-
-def expressible(golden: Golden) -> np.ndarray:
-    """[B,S]: the real tokens of the rows that Hugging Face treats as we do; skips if there are none."""
-    rows = [b for b in range(len(golden.real_BS)) if b not in golden.quirky_rows]
-    if not rows:
-        pytest.skip("Hugging Face's temperature tuning counts from the row's start here, ours from the document's")
-    mask = np.zeros_like(golden.real_BS)
-    mask[rows] = golden.real_BS[rows]
-    return mask
-
-
-def skip_if_quirky(golden: Golden) -> None:
-    if golden.quirky_rows:
-        pytest.skip(
-            f"rows {golden.quirky_rows}: Hugging Face's temperature tuning counts from the row's start, ours from the "
-            "document's, and this value sums over all rows"
-        )
 
 
 def compare(found: Any, expected: np.ndarray, tolerance: float = LOGITS) -> None:
@@ -84,12 +67,28 @@ def compare(found: Any, expected: np.ndarray, tolerance: float = LOGITS) -> None
 
 
 def test_logits_are_those_of_hugging_face(golden: Golden) -> None:
-    mask = expressible(golden)
+    mask = golden.real_BS
     compare(ours(golden)["logits"][mask], golden.answers["logits"][mask])
 
 
+def test_by_default_the_documents_that_begin_their_row_have_the_same_logits(by_row_golden: Golden) -> None:
+    """The default counts each document's temperature from its own start; the first one cannot tell, the others can."""
+    golden, skeleton = by_row_golden, Skeleton(by_row_golden.default_config)
+
+    @jax.jit
+    def run(params: Any, batch: Any) -> jax.Array:
+        model = skeleton.model(params, {})
+        return model(batch).hidden_BSD @ model.head()
+
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(run(golden.params, golden.batch))
+    same = golden.real_BS & ~golden.by_row_BS
+    compare(logits[same], golden.answers["logits"][same])
+    assert np.abs(logits - golden.answers["logits"])[golden.by_row_BS].max() > 100 * LOGITS
+
+
 def test_hidden_states_are_those_of_hugging_face_after_every_layer(golden: Golden) -> None:
-    mask = expressible(golden)
+    mask = golden.real_BS
     names = ["hidden/embed", *(f"hidden/{i}" for i in range(golden.config.num_layers))]
     hidden_states = [ours(golden)["embedded"], *ours(golden)["layers"]]
     stored = [(name, hidden) for name, hidden in zip(names, hidden_states, strict=True) if name in golden.answers]
@@ -100,7 +99,7 @@ def test_hidden_states_are_those_of_hugging_face_after_every_layer(golden: Golde
 
 
 def test_router_logits_are_those_of_hugging_face(golden: Golden) -> None:
-    mask = expressible(golden).reshape(-1)
+    mask = golden.real_BS.reshape(-1)
     layers = [i for i, kind in enumerate(golden.config.layer_kinds()) if kind.moe]
     assert sum(name.startswith("router_logits/") for name in golden.answers) in (0, len(layers))
     for i, logits_TE in zip(layers, ours(golden)["router_logits"] if layers else (), strict=True):
@@ -109,18 +108,14 @@ def test_router_logits_are_those_of_hugging_face(golden: Golden) -> None:
 
 
 def test_losses_are_those_of_hugging_face_token_by_token(golden: Golden) -> None:
-    rows = [b for b in range(len(golden.real_BS)) if b not in golden.quirky_rows]
-    expressible(golden)
-    compare(ours(golden)["nll"][rows, :-1], golden.answers["nll"][rows])
+    compare(ours(golden)["nll"][:, :-1], golden.answers["nll"])
 
 
 def test_the_loss_is_that_of_hugging_face(golden: Golden) -> None:
-    skip_if_quirky(golden)
     compare(ours(golden)["loss"], golden.answers["loss_f64"], LOSS)
 
 
 def test_gradients_are_those_of_hugging_face(golden: Golden) -> None:
-    skip_if_quirky(golden)
     gradient = ours(golden)["gradient"]
     for name, expected in golden.answers.items():
         if name.startswith("grad/"):
@@ -130,7 +125,6 @@ def test_gradients_are_those_of_hugging_face(golden: Golden) -> None:
 
 
 def test_the_norm_of_every_gradient_is_that_of_hugging_face(golden: Golden) -> None:
-    skip_if_quirky(golden)
     gradient = ours(golden)["gradient"]
     stored = dict(zip(golden.answers["gradnorm_names"].tolist(), golden.answers["gradnorm"], strict=True))
     assert gradient.keys() == stored.keys()

@@ -1,10 +1,10 @@
-"""The float64 oracle of `tests/oracle.py` gives the answers of Hugging Face's Llama 4, quirks included."""
+"""The float64 oracle of `tests/oracle.py` gives the answers of Hugging Face's Llama 4."""
 
 import numpy as np
 
 from tests import oracle
 from tests.golden.goldens import Golden
-from trainer import hf
+from trainer.hf.table import to_hf
 
 TOLERANCE = 5e-5
 """The stored answers are float32; the noise that was measured in them is 2e-5."""
@@ -16,7 +16,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
 
 def test_every_stage_of_the_oracle_is_that_of_hugging_face(golden: Golden) -> None:
     answers, params, first_tile = golden.answers, oracle.as_float64(golden.params), 0
-    for row, where, document in oracle.documents(golden.batch, row_temperature=True):
+    for row, where, document in oracle.documents(golden.batch):
         stages = oracle.forward(params, document, golden.config)
         close(stages.logits, answers["logits"][row, where])
         for i, hidden in enumerate(stages.hidden):
@@ -37,11 +37,9 @@ def test_every_stage_of_the_oracle_is_that_of_hugging_face(golden: Golden) -> No
 
 
 def test_loss_and_gradients_of_the_oracle_are_those_of_hugging_face(golden: Golden) -> None:
-    loss, _, gradient = oracle.objective_and_gradient(
-        golden.params, golden.batch, golden.config, 0.0, 0.0, row_temperature=True
-    )
+    loss, _, gradient = oracle.objective_and_gradient(golden.params, golden.batch, golden.config, 0.0, 0.0)
     np.testing.assert_allclose(loss, golden.answers["loss_f64"], rtol=0, atol=1e-6)
-    theirs = hf.to_hf(gradient, golden.config)
+    theirs = to_hf(gradient, golden.config)
     for name, expected in golden.answers.items():
         if name.startswith("grad/"):
             of_max = 2e-5 * np.abs(expected).max()

@@ -11,6 +11,7 @@ import pytest
 
 from launch import cli
 from trainer.config import RunConfig
+from trainer.generate import Request
 from trainer.sections import from_plain
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def test_help_is_quick():
     ("arguments", "told"),
     [
         (["trian"], "did you mean train?"),
-        (["plan"], "the commands are train, config, generate, report"),
+        (["plan"], "the commands are train, config, inspect"),
         (["train"], "required: --config"),
         (["train", "--cofnig", "x.py"], "no flag --cofnig; did you mean --config?"),
         (["train", "--config", "configs/tiny.py", "--wrokdir=x"], "did you mean --workdir?"),
@@ -169,21 +170,38 @@ def run_directory(tmp_path):
     return tmp_path
 
 
-def test_generate_streams_what_the_model_says(monkeypatch, capsys, run_directory):
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("source", ["--workdir", "--hf"])
+def test_generate_writes_what_the_model_says(monkeypatch, capsys, run_directory, source, stream):
     image = run_directory / "a.png"
     image.touch()
     calls = []
 
-    def generate(*arguments, **options):
-        calls.append((arguments, options))
+    def generate(model, request):
+        calls.append((model, request))
         yield from ("a ", "red ", "circle")
 
+    monkeypatch.setattr("trainer.models.load_run", lambda path: ("--workdir", path))
+    monkeypatch.setattr("trainer.models.load_hf", lambda path: ("--hf", path))
     monkeypatch.setattr("trainer.generate.generate", generate)
-    flags = ["--workdir", str(run_directory), "--prompt", "what?", "--image", str(image), str(image)]
-    assert cli.main(["generate", *flags, "--image", str(image), "--max-tokens=5"]) == 0
+    flags = [source, str(run_directory), "--prompt", "what?", "--image", str(image), str(image), stream]
+    sampling = ["--max-tokens=5", "--temperature=0.5", "--top-p", "0.9", "--seed=3", "--chat", "--system", "Be brief."]
+    assert cli.main(["generate", *flags, "--image", str(image), *sampling]) == 0
     assert capsys.readouterr().out == "a red circle\n"
-    options = {"max_tokens": 5, "temperature": 0.0, "seed": 0}
-    assert calls == [((run_directory, "what?", [image] * 3), options)]
+    ((model, request),) = calls
+    assert model == (source, run_directory)
+    assert request == Request("what?", [image] * 3, True, "Be brief.", 5, 0.5, 0.9, 3)
+
+
+def test_generate_stops_at_the_end_of_the_first_line_when_asked(monkeypatch, capsys, run_directory):
+    def generate(model, request):
+        yield from ("red", " circle\nand", "more")
+
+    monkeypatch.setattr("trainer.models.load_run", lambda path: path)
+    monkeypatch.setattr("trainer.generate.generate", generate)
+    flags = ["--workdir", str(run_directory), "--prompt", "what?"]
+    assert cli.main(["generate", *flags, "--first-line"]) == 0
+    assert capsys.readouterr().out == "red circle\n"
 
 
 @pytest.mark.parametrize(
@@ -193,10 +211,38 @@ def test_generate_streams_what_the_model_says(monkeypatch, capsys, run_directory
         (["--max-tokens", "0"], "--max-tokens: found 0, expected 1 or more"),
         (["--temperature", "-1"], "--temperature: found -1.0"),
         (["--temperature", "nan"], "--temperature: found nan"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p: found 0.0"),
+        (["--temperature", "1", "--top-p", "1.5"], "--top-p: found 1.5"),
+        (["--top-p", "0.5"], "--top-p: has no effect at temperature 0"),
+        (["--system", "x"], "--system: is a turn of a conversation; give --chat"),
+        (["--hf", "x"], "not allowed with argument --workdir"),
     ],
 )
 def test_generate_refuses_before_anything_is_loaded(capsys, run_directory, flags, told):
     assert told in complaint(capsys, "generate", "--workdir", str(run_directory), "--prompt", "p", *flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["score", "--workdir", ".", "--input", "no.jsonl", "--output", "o"],
+            "--input no.jsonl: there is no such file",
+        ),
+        (["score", "--workdir", ".", "--input", "README.md", "--output", "README.md"], "README.md: exists already"),
+        (["score", "--input", "README.md", "--output", "o"], "one of the arguments --workdir --hf is required"),
+        (["inspect"], "one of the arguments --config --workdir --hf is required"),
+        (["inspect", "--hf", ".", "--config.steps=3"], "go with --config FILE"),
+        (["inspect", "--hf", "."], "config.json: not found"),
+        (["import", "a"], "the following arguments are required: RUN_DIR"),
+        (["import", "a", "b", "--config.steps=3"], "go with --config FILE"),
+        (["import", "no/such", "b"], "no directory no/such"),
+        (["export", "a", "b", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["export", "a", "b", "--shard-gb", "0"], "--shard-gb: found 0.0"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_written(capsys, arguments, told):
+    assert told in complaint(capsys, *arguments)
 
 
 def test_report_prints_where_it_was_written(monkeypatch, capsys, run_directory):

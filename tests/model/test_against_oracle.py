@@ -61,7 +61,11 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "blended": {"rope_scaling": RopeScaling(4.0, 0.5, 4.0, 60)},
     },
     "qk-norm": {"on": {"qk_norm": True}, "off": {"qk_norm": False}},
-    "temperature": {"on": {"temperature_tuning": True}, "off": {"temperature_tuning": False}},
+    "temperature": {
+        "on": {"temperature_tuning": True},
+        "off": {"temperature_tuning": False},
+        "by row": {"temperature_from": "row"},
+    },
     "heads": {"4/2": {}, "4/1": {"num_kv_heads": 1}, "4/4": {"num_kv_heads": 4}},
     "output": {"own": {}, "tied": {"tie_embeddings": True}},
     "images": {"no": {}, "yes": {"vision": VISION}},

@@ -1,5 +1,7 @@
 """Every kernel of the experts against one dense product per expert, in float64, group by group."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,3 +130,27 @@ def test_the_cpu_kernel_does_not_multiply_by_every_expert() -> None:
         return compiled.memory_analysis().temp_size_in_bytes  # pyright: ignore
 
     assert temporaries(64) < 1.5 * temporaries(4)
+
+
+def test_a_row_alone_is_not_multiplied_as_a_whole_block() -> None:
+    """A decoded token: its cost is that of a row, however many experts there are."""
+    width, ffn = 64, 128
+    shapes = [(1, width), (E, width, ffn), (E, width, ffn), (E, ffn, width)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(grouped_ffn.blocks_ffn).lower(*arrays, jax.ShapeDtypeStruct((E,), jnp.int32)).compile()
+    cost: Any = compiled.cost_analysis()
+    assert cost["flops"] < 2 * (3 * 2 * width * ffn)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+def test_weights_of_lower_precision_are_widened_to_that_of_the_rows(kernel: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes, x_AD = jnp.array([3, 0, 5, 1]), jnp.asarray(rng.normal(size=(9, D)), jnp.float32)
+    narrow = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((E, D, F), (E, D, F), (E, F, D))]
+    wide = [w.astype(jnp.float32) for w in narrow]
+    run = jax.value_and_grad(lambda *w: jnp.sum(grouped_ffn.grouped_ffn(kernel)(x_AD, *w, sizes)), argnums=(0, 1, 2))
+    (found, gradients), (expected, wanted) = run(*narrow), run(*wide)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        np.testing.assert_allclose(gradient.astype(np.float32), want, rtol=0.01, atol=1e-5)

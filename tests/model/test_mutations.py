@@ -49,6 +49,7 @@ BASES: dict[str, tuple[ModelConfig, int]] = {
     "text": (SMALL, 1),
     "two micro-batches": (SMALL, 2),
     "router bias": (dataclasses.replace(SMALL, router_bias_rate=0.1), 1),
+    "temperature by row": (dataclasses.replace(SMALL, temperature_from="row"), 1),
     "images": (dataclasses.replace(SMALL, vision=VISION), 1),
 }
 """Model and micro-batches that the mutations are made in."""
@@ -148,7 +149,7 @@ def qk_norm_on_nope_layers(q: jax.Array, k: jax.Array, layout: Any, chunk: int |
 def temperature_on_rope_layers(
     q: jax.Array, k: jax.Array, layout: Any, chunk: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    return (q * attention.temperature(layout.positions_BS, SMALL)[..., None, None] if chunk else q), k
+    return (q * attention.temperature(layout.temperature_positions_BS, SMALL)[..., None, None] if chunk else q), k
 
 
 def temperature_with(factor: Callable[[jax.Array, ModelConfig], jax.Array]) -> Callable[[Patch], None]:
@@ -161,9 +162,16 @@ def temperature_with(factor: Callable[[jax.Array, ModelConfig], jax.Array]) -> C
 no_temperature = temperature_with(lambda p, c: jnp.zeros(p.shape))
 temperature_from_zero = temperature_with(lambda p, c: jnp.log1p(jnp.floor(p / c.temperature_floor)))
 temperature_without_floor = temperature_with(lambda p, c: jnp.log1p((p + 1) / c.temperature_floor))
-temperature_from_the_rows_start = temperature_with(
-    lambda p, c: jnp.log1p(jnp.floor((jnp.arange(p.shape[1]) + 1) / c.temperature_floor))[None] + 0.0 * p
-)
+
+
+def temperature_counted_from_the(start: str) -> Callable[[Patch], None]:
+    """Whatever the config says."""
+    original = attention.Layout.of
+
+    def of(segment_ids: jax.Array, positions: jax.Array, config: ModelConfig) -> Any:
+        return original(segment_ids, positions, dataclasses.replace(config, temperature_from=start))
+
+    return lambda patch: patch.setattr(attention.Layout, "of", of)
 
 
 def interleaved_query_groups(patch: Patch) -> None:
@@ -414,7 +422,8 @@ MUTATIONS: dict[str, Mutation] = {
     "no temperature": Mutation("text", no_temperature),
     "temperature from position 0": Mutation("text", temperature_from_zero),
     "temperature without the floor": Mutation("text", temperature_without_floor),
-    "temperature from the row's start": Mutation("text", temperature_from_the_rows_start),
+    "temperature from the row's start": Mutation("text", temperature_counted_from_the("row")),
+    "temperature from the document's start": Mutation("temperature by row", temperature_counted_from_the("document")),
     "interleaved query groups": Mutation("text", interleaved_query_groups),
     "the score on the expert's output": Mutation("text", score_on_the_expert_output),
     "softmax scores": Mutation("text", softmax_scores),

@@ -16,9 +16,8 @@ from tests.golden.goldens import SHIPPED
 from tests.oracle_cases import TINY
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import CheckpointConfig, InitConfig, RunConfig
-from trainer.hf_config import model_config_from_hf
+from trainer.hf.config import read_model_config
 from trainer.initialise import abstract_state, check_memory, initialise
-from trainer.rundir import read_json
 from trainer.step import TrainState, init_state
 
 # TensorStore reports to an event loop that has ended.
@@ -77,10 +76,12 @@ def test_leaves_are_matched_by_name_even_with_more_than_ten_layers(tmp_path: Pat
     assert same(save(tmp_path, state).restore(7, like), state)
 
 
-def test_weights_alone_leave_step_and_optimizer_as_they_were(tmp_path: Path) -> None:
+def test_weights_alone_are_read_without_the_rest(tmp_path: Path) -> None:
     state = filled(init_state(run_config()), 7)
+    like = abstract_state(run_config(), device())
+    params, router_bias = save(tmp_path, state).restore_weights(7, like.params, like.router_bias)
     fresh = init_state(run_config())
-    restored = save(tmp_path, state).restore_weights(7, fresh)
+    restored = dataclasses.replace(fresh, params=params, router_bias=router_bias)
     assert same(restored, dataclasses.replace(fresh, params=state.params, router_bias=state.router_bias))
 
 
@@ -104,7 +105,7 @@ def test_a_damaged_checkpoint_is_named_with_its_cure(tmp_path: Path) -> None:
 
 def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_before_scratch(tmp_path: Path) -> None:
     golden = next(path for path in SHIPPED if path.name == "text_scout")
-    model = model_config_from_hf(read_json(golden / "config.json", "a config"))
+    model = read_model_config(golden)
     other = filled(init_state(run_config(model)), 5)
     save(tmp_path / "other" / "checkpoints", other)
     own = Checkpoints(tmp_path / "own" / "checkpoints", CheckpointConfig())
@@ -116,12 +117,12 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
     scratch, line = start()
     assert line == "scratch, seed 0"
     pretrained, line = start(pretrained=str(golden))
-    assert line == f"pretrained weights of {golden}"
+    assert line == f"pretrained weights of {golden}; its tokenizer is unknown"
     assert not np.allclose(pretrained.params["embed"], scratch.params["embed"])
     from_run, line = start(**both)
     assert line == f"weights of {tmp_path / 'other'}, step 5"
     assert np.array_equal(from_run.params["embed"], other.params["embed"])
-    with pytest.raises(UserError, match="was trained with tokenizer xyz, found another"):
+    with pytest.raises(UserError, match="its tokens are those of tokenizer xyz, found another"):
         start(tokenizer="another", **both)
     own.save(filled(other, 9), METADATA)
     own.wait()
@@ -135,7 +136,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_shapes(tmp_path: Path, 
     checkpoints = save(tmp_path, filled(init_state(run_config()), 7))
     wider = abstract_state(run_config(dataclasses.replace(TINY, hidden_size=14)), device())
     deeper = abstract_state(run_config(dataclasses.replace(TINY, num_layers=8)), device())
-    restore = checkpoints.restore if whole else checkpoints.restore_weights
+
+    def restore(step: int, like: TrainState) -> object:
+        if whole:
+            return checkpoints.restore(step, like)
+        return checkpoints.restore_weights(step, like.params, like.router_bias)
+
     with pytest.raises(UserError, match=r"params\.blocks\.0\.attn\.k: found \(1, 12, 2, 6\), expected \(2, 12, 2, 6\)"):
         restore(7, deeper)
     with pytest.raises(UserError, match="holds another model") as caught:

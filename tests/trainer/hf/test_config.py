@@ -1,25 +1,19 @@
-"""Hugging Face checkpoints: the bijection, the configs of both transformers spellings, and what is refused."""
+"""config.json: both spellings of transformers are read, what Drover does not do is refused, what is written reads back."""
 
 import copy
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import ml_dtypes
-import numpy as np
 import pytest
 
 from model.config import ModelConfig, RopeScaling, VisionConfig
 from sharding.errors import UserError
-from trainer import hf
-from trainer.hf_config import model_config_from_hf
-from trainer.step import Skeleton
+from trainer.hf.config import model_config_from_hf, model_config_to_hf, read_model_config
+from trainer.hf.descriptions import ROLES
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-MODELS = ("text_scout", "text_interleaved", "text_maverick", "multimodal")
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 SCOUT = {
     "model_type": "llama4",
@@ -85,139 +79,6 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         section = section[key]
     section[name] = value
     return config
-
-
-def golden(name: str) -> tuple[Path, ModelConfig]:
-    directory = GOLDEN / name
-    return directory, model_config_from_hf(json.loads((directory / "config.json").read_text()))
-
-
-def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-    header, data, offset = {}, [], 0
-    for name, tensor in tensors.items():
-        data.append(tensor.tobytes())
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
-
-
-# The bijection
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_table_covers_every_parameter_of_the_model_and_every_tensor_of_the_checkpoint(name: str) -> None:
-    directory, model = golden(name)
-    params = hf.load_pretrained(directory, model)
-    abstract = Skeleton(model).abstract_params
-    assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, abstract)
-    tensors, again = hf.read_safetensors(directory), hf.to_hf(params, model)
-    assert again.keys() == tensors.keys()
-    for tensor in tensors:
-        np.testing.assert_array_equal(again[tensor], tensors[tensor], err_msg=tensor)
-
-
-def test_tied_embeddings_have_no_tensor_of_their_own() -> None:
-    directory, model = golden("text_scout")
-    tensors = hf.read_safetensors(directory)
-    del tensors["lm_head.weight"]
-    assert "lm_head" not in hf.from_hf(tensors, dataclasses.replace(model, tie_embeddings=True))
-
-
-def test_bfloat16_weights_are_read_exactly(tmp_path: Path) -> None:
-    directory, model = golden("text_maverick")
-    rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in hf.read_safetensors(directory).items()}
-    shutil.copy(directory / "config.json", tmp_path)
-    write_safetensors(tmp_path / "model.safetensors", rounded, "BF16")
-    for dtype, expected in (("float32", np.float32), ("float64", np.float64)):
-        params = hf.load_pretrained(tmp_path, dataclasses.replace(model, param_dtype=dtype))
-        assert params["lm_head"].dtype == expected
-        np.testing.assert_array_equal(params["lm_head"].T, rounded["lm_head.weight"].astype(expected))
-
-
-def sharded(directory: Path, source: Path) -> None:
-    tensors = hf.read_safetensors(source)
-    names = sorted(tensors)
-    weight_map = {name: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, name in enumerate(names)}
-    for shard in set(weight_map.values()):
-        write_safetensors(directory / shard, {n: tensors[n] for n in names if weight_map[n] == shard}, "F32")
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    shutil.copy(source / "config.json", directory)
-
-
-def test_shards_are_the_same_as_one_file(tmp_path: Path) -> None:
-    directory, model = golden("multimodal")
-    sharded(tmp_path, directory)
-    jax.tree.map(
-        np.testing.assert_array_equal, hf.load_pretrained(tmp_path, model), hf.load_pretrained(directory, model)
-    )
-
-
-# Damaged, incomplete and refused
-
-
-def test_every_missing_left_over_and_misshapen_tensor_is_listed() -> None:
-    directory, model = golden("text_scout")
-    tensors = hf.read_safetensors(directory)
-    del tensors["model.norm.weight"]
-    tensors["model.layers.9.odd"] = np.zeros((2, 3), np.float32)
-    tensors["lm_head.weight"] = np.zeros((7, 64), np.float32)
-    with pytest.raises(UserError) as error:
-        hf.from_hf(tensors, model)
-    message = str(error.value)
-    assert "missing model.norm.weight [64]" in message
-    assert "left over model.layers.9.odd [2, 3]" in message
-    assert "lm_head.weight: found shape [7, 64], expected [256, 64]" in message
-
-
-def test_a_config_that_describes_another_model_is_refused() -> None:
-    directory, model = golden("text_scout")
-    with pytest.raises(UserError, match=r"model.chunk_size: found 99, expected 16"):
-        hf.load_pretrained(directory, dataclasses.replace(model, chunk_size=99))
-    # How it is computed is not what it is.
-    hf.load_pretrained(directory, dataclasses.replace(model, remat="full", dtype="bfloat16", init_std=1.0))
-
-
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    directory, model = golden("text_scout")
-    sharded(tmp_path, directory)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors, which is not in the directory"):
-        hf.load_pretrained(tmp_path, model)
-
-
-def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="pickles: loading one runs"):
-        hf.read_safetensors(tmp_path)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 200, -4])
-def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
-    data = (GOLDEN / "text_scout" / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[:kept])
-    with pytest.raises(UserError, match="Fetch the file again"):
-        hf.read_safetensors(tmp_path)
-
-
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no directory"):
-        hf.read_safetensors(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index.json"):
-        hf.read_safetensors(tmp_path)
-    directory, model = golden("text_scout")
-    shutil.copy(directory / "model.safetensors", tmp_path)
-    with pytest.raises(UserError, match=r"has no config.json"):
-        hf.load_pretrained(tmp_path, model)
-
-
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "model.safetensors", {"a": np.zeros(4, np.int8)}, "F8_E4M3")
-    with pytest.raises(UserError, match="found F8_E4M3"):
-        hf.read_safetensors(tmp_path)
-
-
-# config.json
 
 
 def test_scout_is_the_default_model() -> None:
@@ -296,3 +157,94 @@ def test_what_drover_does_not_do_is_refused_by_the_name_of_the_field(path: str, 
 def test_an_absent_section_is_said_to_be_missing() -> None:
     with pytest.raises(UserError, match="field text_config: it is missing"):
         model_config_from_hf({"model_type": "llama4"})
+
+
+IDS = dict(zip(ROLES, range(200), strict=False))
+
+ODD = ModelConfig(
+    num_layers=5,
+    moe_layers=(0, 3),
+    nope_layers=(),
+    head_dim=64,
+    experts_per_token=2,
+    qk_norm=False,
+    temperature_tuning=False,
+    tie_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("model", [
+    ModelConfig(),
+    ModelConfig(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 4096), vision=VisionConfig(rope_theta=77.0)),
+    ModelConfig(moe_layer_step=0, nope_layer_step=3),
+    ODD,
+    dataclasses.replace(ODD, vision=VisionConfig(image_size=84, patch_size=14, shuffle=3, ffn_size=1408 * 9)),
+])  # fmt: skip
+@pytest.mark.parametrize("spelling", ["both", "4", "5"])
+def test_a_written_config_reads_back_in_each_spelling(model: ModelConfig, spelling: str) -> None:
+    written = json.loads(json.dumps(model_config_to_hf(model, "bfloat16", IDS, 4096)))
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    for section in (written, written.get("text_config"), written.get("vision_config")):
+        if section and spelling == "4":
+            section.pop("rope_parameters", None)
+        elif section and spelling == "5":
+            section.pop("rope_theta", None)
+            section.pop("rope_scaling", None)
+    again = model_config_from_hf(written)
+    assert again.layer_kinds() == model.layer_kinds()
+    patterns = ("moe_layer_step", "moe_layers", "nope_layer_step", "nope_layers")
+    same = {name: getattr(model, name) for name in patterns}
+    assert dataclasses.replace(again, **same) == model
+
+
+@pytest.mark.parametrize("name", ["text_scout", "text_interleaved", "text_maverick", "multimodal"])
+def test_what_is_written_for_a_stored_model_says_what_transformers_wrote(name: str) -> None:
+    stored = json.loads((GOLDEN / name / "config.json").read_text())
+    text = stored.get("text_config", stored)
+    ids = {"bos": text["bos_token_id"], "eos": text["eos_token_id"], "pad": text["pad_token_id"], "patch": 252}
+    ids |= {"image_begin": 240, "image_end": 241}
+    written = model_config_to_hf(model_config_from_hf(stored), "float32", ids, text["max_position_embeddings"])
+
+    def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+        for field, value in theirs.items():
+            if isinstance(value, dict):
+                compare(value, ours[field])
+            elif field in ours:
+                assert ours[field] == value, field
+            else:  # nothing that decides the forward pass
+                assert field in {
+                    "initializer_range", "multi_modal_projector_bias", "norm_eps", "output_router_logits",
+                    "router_aux_loss_coef", "router_jitter_noise", "transformers_version",
+                    "vision_feature_select_strategy", "attention_dropout", "projector_dropout",
+                }  # fmt: skip
+
+    stored_uses_cache = {"use_cache": True}
+    stored.update(stored_uses_cache if "text_config" not in stored else {})
+    text.update(stored_uses_cache)
+    compare(stored, written)
+
+
+def test_a_floor_that_transformers_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.temperature_floor: found 2\.5, expected a whole number"):
+        model_config_to_hf(ModelConfig(temperature_floor=2.5), "float32", IDS, 64)
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "rope_scaling"),
+    ({"rope_theta": 7.0}, "rope_theta"),
+    ({"rope_scaling": {**SCOUT["text_config"]["rope_scaling"], "factor": 8.0}}, "rope_scaling"),
+])  # fmt: skip
+def test_two_spellings_that_disagree_are_refused(changes: dict[str, Any], named: str) -> None:
+    text: dict[str, Any] = dict(SCOUT["text_config"])
+    both = text | {"rope_parameters": text["rope_scaling"] | {"rope_theta": text["rope_theta"]}}
+    assert model_config_from_hf(both) == model_config_from_hf(text)
+    with pytest.raises(UserError, match=f"field {named}: found"):
+        model_config_from_hf(both | changes)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config.json: not found"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match=rf"{tmp_path}: config.json, field model_type: found 'gpt2'"):
+        read_model_config(tmp_path)

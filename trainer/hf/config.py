@@ -1,11 +1,13 @@
-"""A Hugging Face Llama 4 `config.json` as a `ModelConfig`: transformers 4.51 to 5, text-only or multimodal."""
+"""A Hugging Face Llama 4 `config.json` as a `ModelConfig` (transformers 4.51 to 5, text-only or multimodal), and back."""
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig, RopeScaling, VisionConfig
 from sharding.errors import UserError
+from trainer.hf.files import read_json
 from trainer.sections import from_plain, to_plain
 
 # fmt: off
@@ -112,6 +114,17 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """
     model = _unchecked(config)
     return from_plain(ModelConfig, to_plain(model), "the model that config.json describes")
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model that a directory's config.json describes; raises `UserError` that names the file."""
+    path = directory.expanduser() / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected the config.json of a Hugging Face Llama 4 model.")
+    try:
+        return model_config_from_hf(read_json(path))
+    except UserError as error:
+        raise UserError(f"{path.parent}: {error}") from error
 
 
 def _unchecked(config: Mapping[str, Any]) -> ModelConfig:
@@ -235,14 +248,30 @@ def _vision_config(values: Mapping[str, Any]) -> VisionConfig:
 
 
 def _rope(fields: _Fields, default_theta: float) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    name = "rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling"
-    rope = fields.get(name, {})
-    top_level = fields.number("rope_theta", default_theta)
+    """Base and scaling of the rotary embedding, from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
+
+    A file for every version of transformers has both; they must then say the same.
+    """
+    spellings = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name) is not None]
+    theta = fields.number("rope_theta", default_theta)
+    if not spellings:
+        return theta, None
+    found = {name: _rope_section(fields, name, theta) for name in spellings}
+    first = found[spellings[0]]
+    if fields.get("rope_theta") is not None and theta != first[0]:
+        raise fields.fail("rope_theta", f"{first[0]}, as in {fields.prefix}{spellings[0]}")
+    for name, value in found.items():
+        if value != first:
+            raise fields.fail(name, f"the same as {fields.prefix}{spellings[0]}")
+    return first
+
+
+def _rope_section(fields: _Fields, name: str, default_theta: float) -> tuple[float, RopeScaling | None]:
+    rope = fields.get(name)
     if not isinstance(rope, Mapping):
         raise fields.fail(name, "a section of fields")
     inner = _Fields(rope, "text", f"{fields.prefix}{name}.")
-    theta = inner.number("rope_theta", top_level)
+    theta = inner.number("rope_theta", default_theta)
     kind = inner.get("rope_type", inner.get("type", "default"))
     scaling = None
     if kind == "llama3":
@@ -265,3 +294,123 @@ def _step_or_list(layers: list[int], count: int) -> tuple[int, tuple[int, ...] |
         return 0, None
     step = min(layers) + 1
     return (step, None) if sorted(layers) == list(range(step - 1, count, step)) else (0, tuple(sorted(layers)))
+
+
+def model_config_to_hf(
+    model: ModelConfig, dtype: str, ids: Mapping[str, int | None], max_length: int
+) -> dict[str, Any]:
+    """The `config.json` of a model, the inverse of `model_config_from_hf`.
+
+    Transformers 5 spells the rotary embedding and the precision in another way than 4, and 4 reads neither of the newer
+    names nor complains: both spellings are written.
+
+    Args:
+        model: text-only or multimodal.
+        dtype: of the stored weights: float32, bfloat16, float16 or float64.
+        ids: token ids by role: bos, eos, pad, and for images begin (of image), end, patch; None where there is none.
+        max_length: tokens that a sequence may have, `max_position_embeddings`.
+    """
+    text = _text_to_hf(model, dtype, ids, max_length)
+    if model.vision is None:
+        return {"architectures": ["Llama4ForCausalLM"], **text}
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "boi_token_index": ids["image_begin"],
+        "eoi_token_index": ids["image_end"],
+        "image_token_index": ids["patch"],
+        **_dtype(dtype),
+        "tie_word_embeddings": model.tie_embeddings,
+        "text_config": text,
+        "vision_config": _vision_to_hf(model.vision, dtype),
+    }
+
+
+def _text_to_hf(model: ModelConfig, dtype: str, ids: Mapping[str, int | None], max_length: int) -> dict[str, Any]:
+    kinds = model.layer_kinds()
+    scaling = model.rope_scaling
+    scaled = None
+    if scaling:
+        scaled = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return {
+        "model_type": "llama4_text",
+        **_dtype(dtype),
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["pad"],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.expert_ffn_size,
+        "intermediate_size_mlp": model.dense_ffn_size,
+        "hidden_act": "silu",
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.experts_per_token,
+        "interleave_moe_layer_step": model.moe_layer_step or 1,
+        "moe_layers": [i for i, kind in enumerate(kinds) if kind.moe],
+        "no_rope_layer_interval": model.nope_layer_step or 4,
+        "no_rope_layers": [int(kind.rope) for kind in kinds],
+        "layer_types": ["chunked_attention" if kind.rope else "full_attention" for kind in kinds],
+        "attention_chunk_size": model.chunk_size,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_qk_norm": model.qk_norm,
+        **_rope_to_hf(model.rope_theta, scaled),
+        "attn_temperature_tuning": model.temperature_tuning,
+        "floor_scale": _whole(model.temperature_floor),
+        "attn_scale": model.temperature_scale,
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std or 0.02,
+        "max_position_embeddings": max_length,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }
+
+
+def _whole(floor: float) -> int:
+    if not floor.is_integer():
+        raise UserError(
+            f"model.temperature_floor: found {floor}, expected a whole number: transformers takes no other."
+        )
+    return int(floor)
+
+
+def _vision_to_hf(vision: VisionConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "model_type": "llama4_vision_model",
+        **_dtype(dtype),
+        "hidden_size": vision.hidden_size,
+        "hidden_act": "gelu",
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "num_channels": 3,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "intermediate_size": vision.ffn_size,
+        "pixel_shuffle_ratio": 1 / vision.shuffle,
+        "projector_input_dim": vision.adapter_size,
+        "projector_output_dim": vision.adapter_size,
+        "vision_output_dim": vision.adapter_size,
+        **_rope_to_hf(vision.rope_theta, None),
+    }
+
+
+def _dtype(dtype: str) -> dict[str, str]:
+    return {"dtype": dtype, "torch_dtype": dtype}
+
+
+def _rope_to_hf(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
+    }

@@ -1,0 +1,346 @@
+"""The commands: their flags, and what each runs. Heavy imports stand inside the functions that need them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import environment
+from launch.parsing import Command
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+    from trainer.models import LoadedModel
+
+OVERRIDES = """\
+overrides:
+  --config.NAME=VALUE   sets one option of the configuration, such as --config.optimizer.peak_lr=1e-3.
+                        `drover config --config FILE` prints every option with its value and what it means.
+"""
+SHARD_GB = 5.0
+_FILE = {"metavar": "FILE[:ARG]", "help": "config file (Python code, which is run)"}
+_DIRECTORY: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+
+
+def add_commands(subparsers: Any) -> dict[str, Command]:
+    """Adds every command to argparse's `subparsers`; returns their parsers by name."""
+    makers = (_add_train, _add_config, _add_inspect, _add_generate, _add_score, _add_import, _add_export, _add_report)
+    return dict(maker(subparsers) for maker in makers)
+
+
+def _add_train(subparsers: Any) -> tuple[str, Command]:
+    train = subparsers.add_parser(
+        "train",
+        run=_train,
+        usage="drover train --config FILE [--workdir DIR] [--config.NAME=VALUE ...]",
+        help="train a model, or go on with a run that was stopped",
+        description="Trains a model. The same command on the same run directory goes on where it was stopped.",
+        epilog=OVERRIDES,
+    )
+    train.flag("--config", required=True, **_FILE)
+    train.flag("--workdir", **_DIRECTORY, help="run directory (default: runs/NAME, by the name in the configuration)")
+    train.flag(
+        "--allow-config-change", action="store_true", help="go on although the run was started with another config"
+    )
+    return "train", train
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from launch.config_file import load_run
+
+    run = load_run(arguments.config, arguments.overrides)
+    # Kept in the arguments: a crash leaves its traceback there.
+    arguments.workdir = arguments.workdir or Path("runs") / run.name
+    environment.prepare(arguments.traceback)
+    from trainer.loop import train
+
+    train(run, arguments.workdir, allow_config_change=arguments.allow_config_change)
+
+
+def _add_config(subparsers: Any) -> tuple[str, Command]:
+    config = subparsers.add_parser(
+        "config",
+        run=_config,
+        usage="drover config --config FILE [--config.NAME=VALUE ...] [--json]",
+        help="print the resolved configuration of a run, every option",
+        description="Prints every option: its value, whether that differs from the default (*), and what it means.",
+        epilog=OVERRIDES,
+    )
+    config.flag("--config", required=True, **_FILE)
+    config.flag("--json", action="store_true", help="values only, as JSON")
+    return "config", config
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from launch.config_file import load_run
+    from trainer.sections import render, to_plain
+
+    run = load_run(arguments.config, arguments.overrides)
+    print(json.dumps(to_plain(run), indent=2) if arguments.json else render(run).rstrip())
+
+
+def _add_inspect(subparsers: Any) -> tuple[str, Command]:
+    inspect = subparsers.add_parser(
+        "inspect",
+        run=_inspect,
+        usage="drover inspect (--config FILE [--config.NAME=VALUE ...] | --workdir DIR | --hf HF_DIR) [--json]",
+        help="count a model: parameters, FLOPs, cache and memory",
+        description="Counts parameters by part, FLOPs per token, bytes of the decoding cache, and memory by precision.",
+        epilog=OVERRIDES,
+    )
+    which = inspect.one_of()
+    inspect.flag("--config", among=which, **_FILE)
+    inspect.flag("--workdir", among=which, **_DIRECTORY, help="run directory")
+    inspect.flag(
+        "--hf", among=which, type=Path, metavar="HF_DIR", help="Hugging Face directory; its config.json is read"
+    )
+    inspect.flag("--json", action="store_true", help="numbers only, as JSON")
+    return "inspect", inspect
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    if arguments.overrides and not arguments.config:
+        raise UserError("overrides (--config.NAME=VALUE) go with --config FILE")
+    if arguments.hf:
+        from trainer.hf.config import read_model_config
+
+        model, name = read_model_config(arguments.hf), str(arguments.hf)
+        length = model.chunk_size
+    else:
+        run = _run_of(arguments)
+        model, length, name = run.model, run.data.sequence_length, run.name
+    environment.prepare(arguments.traceback)
+    from trainer.inspect import inspect_model, show
+
+    facts = inspect_model(model, length)
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts, name)
+
+
+def _run_of(arguments: argparse.Namespace) -> "RunConfig":
+    """The run of `--config`, or of `--workdir`."""
+    if arguments.config:
+        from launch.config_file import load_run
+
+        return load_run(arguments.config, arguments.overrides)
+    _check_run_directory(arguments.workdir)
+    from trainer.rundir import RunDirectory
+
+    return RunDirectory(arguments.workdir).load_config()
+
+
+def _add_generate(subparsers: Any) -> tuple[str, Command]:
+    generate = subparsers.add_parser(
+        "generate",
+        run=_generate,
+        help="answer a prompt about images, or go on with a text",
+        description="Writes what a model says to a prompt, and to the images before it if there are any.",
+    )
+    _add_model(generate)
+    generate.flag("--image", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="images, in order")
+    generate.flag("--prompt", required=True, metavar="TEXT", help="text to answer or to go on with")
+    generate.flag("--chat", action="store_true", help="give the prompt as a user's turn, to a model trained on turns")
+    generate.flag("--system", metavar="TEXT", help="a system turn before it; with --chat")
+    generate.flag("--max-tokens", type=int, default=64, metavar="N", help="tokens at most (default: 64)")
+    generate.flag(
+        "--temperature", type=float, default=0.0, metavar="X", help="0, the default, always takes the likeliest token"
+    )
+    generate.flag(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that together reach this probability (default: 1, all)",
+    )
+    generate.flag("--seed", type=int, default=0, metavar="N", help="seed of the draws at a temperature above 0")
+    generate.flag("--first-line", action="store_true", help="stop at the end of the first line, as answers do")
+    generate.flag(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="write each piece as it comes (default: on a terminal), or all at the end",
+    )
+    return "generate", generate
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    for path in arguments.image:
+        if not path.is_file():
+            raise UserError(f"image {path} does not exist; give --image the path of a picture (PNG, JPEG, ...)")
+    if arguments.max_tokens < 1:
+        raise UserError(f"--max-tokens: found {arguments.max_tokens}, expected 1 or more")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise UserError(f"--temperature: found {arguments.temperature}, expected a number that is 0 or more")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-p: found {arguments.top_p}, expected a probability above 0, at most 1")
+    if arguments.top_p < 1 and not arguments.temperature:
+        raise UserError("--top-p: has no effect at temperature 0; give --temperature as well, such as 1")
+    if arguments.system is not None and not arguments.chat:
+        raise UserError("--system: is a turn of a conversation; give --chat as well")
+    model = _load_model(arguments)
+    from trainer.generate import Request, generate
+
+    request = Request(
+        text=arguments.prompt,
+        images=arguments.image,
+        chat=arguments.chat,
+        system=arguments.system,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    pieces = generate(model, request)
+    if arguments.first_line:
+        pieces = _first_line(pieces)
+    stream = sys.stdout.isatty() if arguments.stream is None else arguments.stream
+    for piece in pieces if stream else ["".join(pieces)]:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _first_line(pieces: Iterator[str]) -> Iterator[str]:
+    for piece in pieces:
+        line, end, _ = piece.partition("\n")
+        yield line
+        if end:
+            return
+
+
+def _add_score(subparsers: Any) -> tuple[str, Command]:
+    score = subparsers.add_parser(
+        "score",
+        run=_score,
+        help="log-probabilities of documents, token by token",
+        description="Scores every document of a JSON-lines file: {'text': ...}, {'tokens': [...]}, {'parts': [...]} with "
+        "images, or {'messages': [...]}, one a line. docs/CHECKPOINTS.md has the fields.",
+    )
+    _add_model(score)
+    score.flag(
+        "--input", type=Path, required=True, metavar="FILE.jsonl", help="documents; image paths beside this file"
+    )
+    score.flag("--output", type=Path, required=True, metavar="FILE.jsonl", help="a new file")
+    return "score", score
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    if not arguments.input.is_file():
+        raise UserError(f"--input {arguments.input}: there is no such file")
+    if arguments.output.exists():
+        raise UserError(f"--output {arguments.output}: exists already. Give another file, or remove it.")
+    model = _load_model(arguments)
+    from trainer.score import score_file
+
+    summary = score_file(model, arguments.input, arguments.output)
+    mean = summary.logprob / max(summary.tokens, 1)
+    print(
+        f"{arguments.output}: {summary.documents:,} documents, {summary.tokens:,} scored tokens, "
+        f"mean log-probability {mean:.4f}"
+    )
+
+
+def _add_import(subparsers: Any) -> tuple[str, Command]:
+    importer = subparsers.add_parser(
+        "import",
+        run=_import,
+        usage="drover import HF_DIR RUN_DIR [--config FILE [--config.NAME=VALUE ...]]",
+        help="make a run directory from Hugging Face Llama 4 weights",
+        description="Makes RUN_DIR from the safetensors in HF_DIR, tensor by tensor, in their own precision. Ask it with "
+        "generate and score, train from it with the same --config, or give it to other runs as init.from_run.",
+        epilog=OVERRIDES,
+    )
+    importer.add_argument("source", type=Path, metavar="HF_DIR", help="config.json, *.safetensors, maybe a tokenizer")
+    importer.add_argument("target", type=Path, metavar="RUN_DIR", help="a new directory")
+    importer.flag("--config", **_FILE)
+    return "import", importer
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    if arguments.overrides and not arguments.config:
+        raise UserError("overrides (--config.NAME=VALUE) go with --config FILE")
+    run = None
+    if arguments.config:
+        from launch.config_file import load_run
+
+        run = load_run(arguments.config, arguments.overrides)
+    environment.prepare(arguments.traceback)
+    from trainer.hf.importer import import_checkpoint
+    from trainer.report_text import compact
+
+    found = import_checkpoint(arguments.source, arguments.target, run, _note)
+    print(f"{arguments.target}: {len(found.tensors):,} tensors, {compact(found.nbytes, 'B')}")
+
+
+def _add_export(subparsers: Any) -> tuple[str, Command]:
+    export = subparsers.add_parser(
+        "export",
+        run=_export,
+        help="write a checkpoint as a Hugging Face directory",
+        description="Writes what transformers and vLLM open: safetensors, config.json, tokenizer and processor files.",
+    )
+    export.add_argument("source", type=Path, metavar="RUN_DIR", help="run directory, or one of its checkpoints")
+    export.add_argument("target", type=Path, metavar="HF_DIR", help="a new directory")
+    export.flag("--dtype", choices=("float32", "bfloat16"), help="precision of the weights (default: as stored)")
+    export.flag("--shard-gb", type=float, default=SHARD_GB, metavar="N", help="GB of a file at most (default: 5)")
+    return "export", export
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if not arguments.shard_gb > 0:
+        raise UserError(f"--shard-gb: found {arguments.shard_gb}, expected more than 0")
+    environment.prepare(arguments.traceback)
+    from trainer.hf.exporter import export_checkpoint
+    from trainer.report_text import compact
+
+    most = int(arguments.shard_gb * 10**9)
+    done = export_checkpoint(arguments.source, arguments.target, arguments.dtype, most, _note)
+    print(f"{arguments.target}: step {done.step}, {done.tensors:,} tensors, {compact(done.nbytes, 'B')}")
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def _add_report(subparsers: Any) -> tuple[str, Command]:
+    report = subparsers.add_parser(
+        "report",
+        run=_report,
+        help="write report.html of a run again",
+        description="Writes report.html from what the run directory holds, and prints its path.",
+    )
+    report.flag("--workdir", **_DIRECTORY, required=True, help="run directory")
+    return "report", report
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    _check_run_directory(arguments.workdir)
+    environment.prepare(arguments.traceback)
+    from trainer.report import write_report
+
+    print(write_report(arguments.workdir))
+
+
+def _add_model(command: Command) -> None:
+    """The flags that name a model: of a run, or of a Hugging Face directory."""
+    which = command.one_of()
+    command.flag("--workdir", among=which, **_DIRECTORY, help="run directory of the model")
+    command.flag("--hf", among=which, type=Path, metavar="HF_DIR", help="Hugging Face directory of the model")
+
+
+def _load_model(arguments: argparse.Namespace) -> "LoadedModel":
+    if arguments.workdir:
+        _check_run_directory(arguments.workdir)
+    environment.prepare(arguments.traceback)
+    from trainer.models import load_hf, load_run
+
+    return load_run(arguments.workdir) if arguments.workdir else load_hf(arguments.hf)
+
+
+def _check_run_directory(workdir: Path) -> None:
+    if not (workdir / "config.json").is_file():
+        found = "has no config.json" if workdir.is_dir() else "does not exist"
+        raise UserError(f"run directory {workdir} {found}; give --workdir a directory made by `drover train`")
