@@ -14,6 +14,7 @@ import numpy as np
 
 from model.cache import Cache
 from sharding.errors import UserError
+from trainer.memory import check_room, tree_bytes
 from trainer.sampling import Sampling, choose
 from trainer.step import Params, Skeleton
 
@@ -105,7 +106,7 @@ class Decoder:
             stop: ids that end a row. It goes on to yield the id that ended it; once all rows have ended, so does this.
 
         Raises:
-            UserError: a number outside its range, or a prompt without tokens.
+            UserError: a number outside its range, a prompt without tokens, or too little memory for so many tokens.
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens: found {max_tokens}, expected 1 or more")
@@ -120,12 +121,19 @@ class Decoder:
             nucleus = jnp.float32(top_p) if top_p < 1 else None
             smallest = float(jnp.finfo(jnp.float32).tiny)
             sampling = Sampling(jax.random.key(seed), jnp.float32(max(temperature, smallest)), nucleus)
-        return self._tokens(prompts, max_tokens, sampling, np.array(sorted(stop), np.int32))
+        length = bucket(max(len(prompt.tokens) for prompt in prompts) + max_tokens - 1)  # the last one is not read
+        config = self._skeleton.config
+        check_room(
+            tree_bytes(self._weights) + len(prompts) * config.cache_bytes(length, jnp.dtype(config.dtype).itemsize),
+            jax.devices()[0],
+            f"weights, keys and values of {len(prompts)} row(s) of {length:,} tokens",
+            "Ask for fewer tokens: a smaller max_tokens, a shorter prompt.",
+        )
+        return self._tokens(prompts, max_tokens, sampling, np.array(sorted(stop), np.int32), length)
 
     def _tokens(
-        self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling | None, stop: np.ndarray
+        self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling | None, stop: np.ndarray, length: int
     ) -> Iterator[np.ndarray]:
-        length = bucket(max(len(prompt.tokens) for prompt in prompts) + max_tokens - 1)  # the last one is not read
         tokens_B, cache = self._prefill(self._weights, rows_of(prompts), sampling, length=length)
         chosen_B, stopped_B = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), bool)
         for count in range(max_tokens):

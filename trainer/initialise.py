@@ -1,7 +1,6 @@
 """Where the weights come from: own checkpoint > another run's checkpoint > pretrained weights > scratch."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -70,33 +69,6 @@ def initialise(
         note = "" if found.tokenizer else "; its tokenizer is unknown"
         return fresh(found.weights(like.params)), f"pretrained weights of {found.directory}{note}"
     return fresh(), f"scratch, seed {run.seed}"
-
-
-def check_memory(state: TrainState, device: Any) -> None:
-    """Refuses a model whose weights, gradients and optimizer state alone exceed the device's memory."""
-    check_room(
-        tree_bytes((state, state.params)),
-        device,
-        "weights, gradients and optimizer state",
-        "A run uses one device today: take a smaller model (model.num_layers, model.num_experts).",
-    )
-
-
-def check_room(nbytes: int, device: Any, what: str, cure: str) -> None:
-    """Refuses what exceeds the device's memory."""
-    if device.platform == "cpu":
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        room = (device.memory_stats() or {}).get("bytes_limit", nbytes)
-    if nbytes > room:
-        raise UserError(
-            f"model: {what} need {nbytes / 2**30:,.1f} GiB, found {room / 2**30:,.1f} GiB on {device.device_kind}. {cure}"
-        )
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or shapes) of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def check_data(checkpoints: Checkpoints, step: int, data_digest: str) -> None:

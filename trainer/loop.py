@@ -22,7 +22,8 @@ from trainer.decode import Decoder
 from trainer.evaluate import HeldOut, question_scores
 from trainer.feeder import Feeder
 from trainer.flops import flops_per_token, parameter_counts
-from trainer.initialise import abstract_state, check_memory, initialise
+from trainer.initialise import abstract_state, initialise
+from trainer.memory import check_memory
 from trainer.metrics import MetricsLogger
 from trainer.objective import metrics, next_token_objective
 from trainer.report import write_report

@@ -13,7 +13,8 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
 from trainer.hf.importer import default_run
 from trainer.hf.load import open_model
-from trainer.initialise import abstract_state, check_room, tree_bytes
+from trainer.initialise import abstract_state
+from trainer.memory import check_room, tree_bytes
 from trainer.rundir import RunDirectory
 from trainer.runtime import configure_jax
 from trainer.step import Params, Skeleton

@@ -17,7 +17,8 @@ from tests.oracle_cases import TINY
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import CheckpointConfig, InitConfig, RunConfig
 from trainer.hf.config import read_model_config
-from trainer.initialise import abstract_state, check_memory, initialise
+from trainer.initialise import abstract_state, initialise
+from trainer.memory import check_memory
 from trainer.step import TrainState, init_state
 
 # TensorStore reports to an event loop that has ended.

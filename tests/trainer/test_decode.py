@@ -183,6 +183,7 @@ def test_each_step_gives_the_cache_away_so_that_there_is_never_a_second_one(text
     ({"top_p": 1.5}, "top_p: found 1.5"),
     ({"prompts": [Prompt(np.zeros(0, np.int32))]}, "no tokens"),
     ({"prompts": []}, "no tokens"),
+    ({"max_tokens": 10**11}, "5 row.s. of 137,438,953,472 tokens need"),
 ])  # fmt: skip
 def test_what_cannot_be_decoded_is_refused_before_anything_runs(
     decoder: Decoder, options: dict[str, Any], words: str
