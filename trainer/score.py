@@ -7,6 +7,7 @@ docs/CHECKPOINTS.md. Letters: B rows, S sequence, M tiles, P patch tokens per ti
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,10 +62,10 @@ def score_file(model: LoadedModel, source: Path, target: Path) -> Summary:
     header = json.dumps({"input": _digest(source), "model": model.origin})
     done = _resume(partial, header)
     scorer = _Scorer(model)
-    with _opened(partial) as out, source.open(encoding="utf-8") as lines:
+    with _opened(partial) as out, source.open(encoding="utf-8-sig") as lines:
         if not done:
             out.write(header + "\n")
-        records = itertools.islice(_records(lines), done, None)
+        records = itertools.islice(_records(source, lines), done, None)
         windows = iter(lambda: list(itertools.islice(records, WINDOW)), [])
         console = Console(stderr=True)
         shown = track(
@@ -77,6 +78,11 @@ def score_file(model: LoadedModel, source: Path, target: Path) -> Summary:
         for window in shown:
             prompts = [_prompt(model, record, source.parent) for _, record in window]
             for (number, record), prompt, logprobs in zip(window, prompts, scorer(prompts), strict=True):
+                if not all(value is None or math.isfinite(value) for value in logprobs):
+                    raise UserError(
+                        f"{source}, line {number}: {model.origin} gave a log-probability that is not finite, so its "
+                        "weights hold NaN, or it overflows in its dtype. Documents scored before this one are kept."
+                    )
                 out.write(json.dumps(_result(record.get("id", number), prompt, logprobs)) + "\n")
             out.flush()
     return _finish(partial, target)
@@ -86,8 +92,8 @@ def check_input(model: LoadedModel, source: Path) -> int:
     """Documents in the file; raises `UserError` for the first line that is none. Images are looked for, not decoded."""
     count = 0
     try:
-        with source.open(encoding="utf-8") as lines:
-            for number, record in _records(lines):
+        with source.open(encoding="utf-8-sig") as lines:
+            for number, record in _records(source, lines):
                 try:
                     _check(record, model, source.parent)
                 except UserError as error:
@@ -102,14 +108,14 @@ def check_input(model: LoadedModel, source: Path) -> int:
     return count
 
 
-def _records(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(source: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise UserError(f"line {number} of the input: found no JSON ({error}).") from None
+                raise UserError(f"{source}, line {number}: found no JSON ({error}).") from None
 
 
 def _check(record: Any, model: LoadedModel, folder: Path) -> None:

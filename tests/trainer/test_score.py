@@ -1,5 +1,6 @@
 """Scores: the log-probabilities of the whole forward pass, one document at a time, whatever they are batched with."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,21 @@ def test_what_another_input_left_is_not_taken(model: LoadedModel, tmp_path: Path
     assert len(run(model, tmp_path, [{"tokens": [1, 2]}])) == 1
 
 
+def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_document(model: LoadedModel, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"tokens": [1, 2]}\r\n\r\n{"text": "a"}\r\n')
+    assert score_file(model, source, tmp_path / "out.jsonl").documents == 2
+
+
+def test_a_model_that_is_not_a_number_gives_no_file_of_them(model: LoadedModel, tmp_path: Path) -> None:
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
+    with pytest.raises(UserError, match=r"in.jsonl, line 1: .* not finite"):
+        run(broken, tmp_path, [{"tokens": [1, 2, 3]}])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize(("line", "told"), [
-    ("{", "line 2 of the input: found no JSON"),
+    ("{", "line 2: found no JSON"),
     ("[1]", "line 2: found a list, expected an object with one of"),
     ("{}", "line 2: found the fields []"),
     ('{"text": "a", "tokens": [1]}', "expected an object with one of"),

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from rich.filesize import decimal
 
 from sharding.errors import UserError
 
@@ -220,8 +221,8 @@ def finished_or_absent(target: Path, nbytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial).free
         if nbytes > free:
             raise UserError(
-                f"{target}: needs {nbytes / 2**30:,.1f} GiB, found {free / 2**30:,.1f} GiB free on its disk. Free "
-                "space, or give a directory on another disk."
+                f"{target}: needs {decimal(nbytes)}, found {decimal(free)} free on its disk. Free space, or give a "
+                "directory on another disk."
             )
         yield partial
         partial.replace(target)
