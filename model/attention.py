@@ -112,10 +112,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = matrix(rngs, (D, N, H), D, config)
-        self.k = matrix(rngs, (D, K, H), D, config)
-        self.v = matrix(rngs, (D, K, H), D, config)
-        self.o = matrix(rngs, (N, H, D), N * H, config)
+        self.q = matrix(rngs, (D, N, H), "width heads head", D, config)
+        self.k = matrix(rngs, (D, K, H), "width kv_heads head", D, config)
+        self.v = matrix(rngs, (D, K, H), "width kv_heads head", D, config)
+        self.o = matrix(rngs, (N, H, D), "heads head width", N * H, config)
 
     def __call__(self, x_BSD: jax.Array, layout: Layout, cached: Cached | None = None) -> tuple[jax.Array, KeysValues]:
         """Attention of packed rows, and their keys and values.

@@ -43,19 +43,27 @@ def scan_stacked(body: Callable[..., Any], start: Any, stacked: Any, unroll: int
     return jax.lax.scan(picked, start, jnp.arange(len(leaves[0])), unroll=unroll)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> nnx.Param:
-    """A weight drawn from N(0, std^2)."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)))
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, std: float, dtype: str, exact: bool = False) -> nnx.Param:
+    """A weight drawn from N(0, std^2).
+
+    `dims` names its dims, separated by spaces, for `sharding.rules` to split them over devices ("-": never split).
+    `exact`: used in its own precision, whatever that of the computation.
+    """
+    return nnx.Param(
+        std * jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)), dims=tuple(dims.split()), exact=exact
+    )
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int, config: ModelConfig) -> nnx.Param:
-    """A weight that sums over `inputs` values, with the standard deviation that the config asks for."""
-    return normal(rngs, shape, config.init_std or inputs**-0.5, config.param_dtype)
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, inputs: int, config: ModelConfig, exact: bool = False
+) -> nnx.Param:
+    """A weight that sums over `inputs` values, with the standard deviation that the config asks for; see `normal`."""
+    return normal(rngs, shape, dims, config.init_std or inputs**-0.5, config.param_dtype, exact)
 
 
 def constant(shape: tuple[int, ...], value: float, dtype: str) -> nnx.Param:
-    """A weight that starts at `value`."""
-    return nnx.Param(jnp.full(shape, value, jnp.dtype(dtype)))
+    """A weight that starts at `value`; a vector, which no mesh splits."""
+    return nnx.Param(jnp.full(shape, value, jnp.dtype(dtype)), dims=())
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:

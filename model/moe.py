@@ -12,6 +12,8 @@ from flax import nnx
 from model.config import ModelConfig
 from model.grouped_ffn import grouped_ffn
 from model.layers import at_least_float32, matrix
+from sharding.experts import expert_parallel
+from sharding.place import Place
 
 
 class SwiGLU(nnx.Module):
@@ -19,9 +21,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, size: int, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.gate = matrix(rngs, (D, size), D, config)
-        self.up = matrix(rngs, (D, size), D, config)
-        self.down = matrix(rngs, (size, D), size, config)
+        self.gate = matrix(rngs, (D, size), "width ffn", D, config)
+        self.up = matrix(rngs, (D, size), "width ffn", D, config)
+        self.down = matrix(rngs, (size, D), "ffn width", size, config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
@@ -38,9 +40,9 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, D, F = config.num_experts, config.hidden_size, config.expert_ffn_size
-        self.gate = matrix(rngs, (E, D, F), D, config)
-        self.up = matrix(rngs, (E, D, F), D, config)
-        self.down = matrix(rngs, (E, F, D), F, config)
+        self.gate = matrix(rngs, (E, D, F), "experts expert_width expert_ffn", D, config)
+        self.up = matrix(rngs, (E, D, F), "experts expert_width expert_ffn", D, config)
+        self.down = matrix(rngs, (E, F, D), "experts expert_ffn expert_width", F, config)
 
 
 class RouterBias(nnx.Variable):
@@ -119,9 +121,10 @@ class MoE(nnx.Module):
     The score multiplies the expert's input: since SwiGLU is not linear, that is not a weight on its output.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
-        self.router = matrix(rngs, (config.hidden_size, config.num_experts), config.hidden_size, config)
+    def __init__(self, config: ModelConfig, place: Place, rngs: nnx.Rngs):
+        self.config, self.place = config, place
+        D, E = config.hidden_size, config.num_experts
+        self.router = matrix(rngs, (D, E), "width choices", D, config, exact=True)
         if config.router_bias_rate:
             self.router_bias = RouterBias(jnp.zeros(config.num_experts, jnp.float32))
         self.experts = Experts(config, rngs)
@@ -146,14 +149,15 @@ class MoE(nnx.Module):
         return self.shared(x_TD) + routed_TD, stats
 
     def routed(self, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array) -> jax.Array:
-        """Sum of the chosen experts on the scaled tokens: sort by expert, grouped SwiGLU, unsort."""
+        """Sum of the chosen experts on the scaled tokens: sort by expert, grouped SwiGLU wherever the expert is, unsort."""
         T, K = choice_TK.shape
         order_A = jnp.argsort(choice_TK.reshape(-1), stable=True)
         inverse_TK = jnp.zeros(T * K, order_A.dtype).at[order_A].set(jnp.arange(T * K), unique_indices=True)
         inverse_TK = inverse_TK.reshape(T, K)
-        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=self.experts.gate.shape[0]).astype(jnp.int32)
         experts, dtype = self.experts, x_TD.dtype
+        everywhere = experts.gate.shape[0] * self.place.size("expert")
+        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=everywhere).astype(jnp.int32)
         gate, up, down = (narrowed(w[...], dtype) for w in (experts.gate, experts.up, experts.down))
         rows_AD = dispatch(x_TD, order_A, inverse_TK) * score_TK.reshape(-1)[order_A][:, None]
-        kernel = grouped_ffn(self.config.expert_kernel)
-        return combine(kernel(rows_AD, gate, up, down, sizes_E), order_A, inverse_TK)
+        y_AD = expert_parallel(grouped_ffn(self.config.expert_kernel), self.place, rows_AD, (gate, up, down), sizes_E)
+        return combine(y_AD, order_A, inverse_TK)

@@ -19,11 +19,15 @@ from model.grouped_ffn import kernel_for
 from model.layers import constant, matrix, normal, pick, rms_norm, scan_stacked
 from model.moe import MoE, RouterStats, SwiGLU
 from model.vision import Vision, encode_used_tiles
+from sharding.place import GATHERED, Place
 
 Batch = Mapping[str, jax.Array]
 """One packed batch: `tokens`, `targets`, `loss_weights`, `segment_ids` (0 is padding), `positions`, `source_ids`, all
 [B,S]; with images, `image_tiles` [B,M,side,side,3] and `image_positions` [B,M,P] (-1 in unused slots)."""
 
+
+ALONE = Place()
+"""One device, with all weights."""
 
 EMBED_STD = 1.0
 """Standard deviation of the embedding table where init_std is 0."""
@@ -46,12 +50,12 @@ def check_batch(batch: Batch, config: ModelConfig) -> None:
 class Layer(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, kind: LayerKind, place: Place, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
         self.attn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
         self.attn = Attention(config, kind, rngs)
         self.ffn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
-        self.ffn = MoE(config, rngs) if kind.moe else SwiGLU(config, config.dense_ffn_size, rngs)
+        self.ffn = MoE(config, place, rngs) if kind.moe else SwiGLU(config, config.dense_ffn_size, rngs)
 
     def __call__(
         self, x_BSD: jax.Array, layout: Layout, capture: bool = False, cached: Cached | None = None
@@ -85,33 +89,39 @@ class Output:
 
 
 class Transformer(nnx.Module):
-    """A Llama 4 model. `platform`, that of its devices, picks the experts' kernel where the config says auto."""
+    """A Llama 4 model. `platform`, that of its devices, picks the experts' kernel where the config says auto.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, platform: str | None = None):
+    In a `place` of several devices it runs inside `jax.shard_map`: on rows of its own, with its parts of the weights.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, platform: str | None = None, place: Place = ALONE):
         kernel = kernel_for(platform or jax.devices()[0].platform, config.expert_kernel)
         config = dataclasses.replace(config, expert_kernel=kernel)
-        self.config = config
+        self.config, self.place = config, place
         D, V, dtype = config.hidden_size, config.vocab_size, config.param_dtype
         kinds = config.super_block()
-        self.embed = normal(rngs, (V, D), config.init_std or EMBED_STD, dtype)
+        self.embed = normal(rngs, (V, D), "vocab width", config.init_std or EMBED_STD, dtype)
 
         @nnx.split_rngs(splits=config.num_layers // len(kinds))
         @nnx.vmap
         def stacked_super_blocks(rngs: nnx.Rngs) -> nnx.List:
-            return nnx.List([Layer(config, kind, rngs) for kind in kinds])
+            return nnx.List([Layer(config, kind, place, rngs) for kind in kinds])
 
         self.blocks = stacked_super_blocks(rngs)
         self.final_norm = constant((D,), 1.0, dtype)
         if not config.tie_embeddings:
-            self.lm_head = matrix(rngs, (D, V), D, config)
+            self.lm_head = matrix(rngs, (D, V), "width vocab", D, config)
         if config.vision:
             self.vision = Vision(config, config.vision, rngs)
-            self.projector = matrix(rngs, (config.vision.adapter_size, D), config.vision.adapter_size, config)
+            self.projector = matrix(
+                rngs, (config.vision.adapter_size, D), "- width", config.vision.adapter_size, config
+            )
 
     def head(self) -> jax.Array:
         """The output head, [D, V], in the precision of the computation."""
-        weight = self.embed[...].T if self.config.tie_embeddings else self.lm_head[...]
-        return weight.astype(self.config.dtype)
+        tied, dtype = self.config.tie_embeddings, self.config.dtype
+        weight = self.place.whole(self.embed if tied else self.lm_head, dtype)[...]
+        return (weight.T if tied else weight).astype(dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V], in at least float32."""
@@ -123,11 +133,18 @@ class Transformer(nnx.Module):
         tiles, positions_BMP = batch["image_tiles"], batch["image_positions"]
         B, M, P = positions_BMP.shape
         used = (positions_BMP >= 0).any(axis=2).reshape(-1)
-        features = encode_used_tiles(self.vision, tiles.reshape(B * M, *tiles.shape[2:]), used)
-        return (features @ self.projector[...].astype(features.dtype)).reshape(B, M, P, -1)
+        # Gathered here: inside, devices run as many blocks as they have tiles, and could not wait for each other. Not
+        # narrowed: the gradients of all blocks are summed in the weights' precision.
+        graph, weights = nnx.split(self.vision)
+        vision = nnx.merge(graph, self.place.whole(weights))
+        features = encode_used_tiles(vision, tiles.reshape(B * M, *tiles.shape[2:]), used)
+        projector = self.place.whole(self.projector, self.config.dtype)[...]
+        return (features @ projector.astype(features.dtype)).reshape(B, M, P, -1)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Rows of the embedding table, [..., D]; only those that are asked for change their precision."""
+        if self.place.axes:
+            return self.place.rows(self.embed, tokens, self.config.dtype)
         return pick(self.embed[...], tokens).astype(self.config.dtype)
 
     def embed_batch(self, batch: Batch, features_BMPD: jax.Array | None) -> jax.Array:
@@ -205,16 +222,19 @@ class Transformer(nnx.Module):
 
         def super_block(x_BSD, weights):
             outputs, stats, kept = [], [], []
-            for layer in nnx.merge(graph, weights):
+            for layer in nnx.merge(graph, self.place.whole(weights, config.dtype)):
                 x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture)
                 outputs += [x_BSD] if capture else []
                 stats += [layer_stats] if layer_stats else []
                 kept += [keep(layer.kind, tokens)] if keep else []
             return x_BSD, (stack(outputs), stack(stats), tuple(kept))
 
+        policies = jax.checkpoint_policies
         if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             super_block = jax.checkpoint(super_block, policy=policy)
+        elif self.place.axes:
+            super_block = jax.checkpoint(super_block, policy=policies.save_anything_except_these_names(GATHERED))
         x_BSD, (layers, stats, kept) = self._scan(super_block, embedded_BSD, weights)
         # [R, layers of a super-block, ...] -> [layers, ...]
         layers, stats = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (layers, stats))

@@ -65,8 +65,10 @@ def pixel_shuffle(x: jax.Array, ratio: int) -> jax.Array:
 class Projection(nnx.Module):
     """A linear map with bias."""
 
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs):
-        self.kernel = matrix(rngs, (*inputs, *outputs), math.prod(inputs), config)
+    def __init__(
+        self, inputs: tuple[int, ...], outputs: tuple[int, ...], dims: str, config: ModelConfig, rngs: nnx.Rngs
+    ):
+        self.kernel = matrix(rngs, (*inputs, *outputs), dims, math.prod(inputs), config)
         self.bias = constant(outputs, 0.0, config.param_dtype)
 
     def __call__(self, x: jax.Array, equation: str) -> jax.Array:
@@ -79,11 +81,13 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: ModelConfig, vision: VisionConfig, rngs: nnx.Rngs):
         W, N, F = vision.hidden_size, vision.num_heads, vision.ffn_size
         self.attn_norm = LayerNorm(W, NORM_EPS, config.param_dtype)
-        self.q, self.k, self.v = (Projection((W,), (N, W // N), config, rngs) for _ in range(3))
-        self.o = Projection((N, W // N), (W,), config, rngs)
+        self.q, self.k, self.v = (
+            Projection((W,), (N, W // N), "vision_width vision_heads head", config, rngs) for _ in range(3)
+        )
+        self.o = Projection((N, W // N), (W,), "vision_heads head vision_width", config, rngs)
         self.ffn_norm = LayerNorm(W, NORM_EPS, config.param_dtype)
-        self.fc1 = Projection((W,), (F,), config, rngs)
-        self.fc2 = Projection((F,), (W,), config, rngs)
+        self.fc1 = Projection((W,), (F,), "vision_width vision_ffn", config, rngs)
+        self.fc2 = Projection((F,), (W,), "vision_ffn vision_width", config, rngs)
 
     def __call__(self, x_MPW: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         normed = self.attn_norm(x_MPW)
@@ -101,8 +105,8 @@ class Adapter(nnx.Module):
 
     def __init__(self, config: ModelConfig, vision: VisionConfig, rngs: nnx.Rngs):
         inputs, size = vision.hidden_size * vision.shuffle**2, vision.adapter_size
-        self.fc1 = matrix(rngs, (inputs, size), inputs, config)
-        self.fc2 = matrix(rngs, (size, size), size, config)
+        self.fc1 = matrix(rngs, (inputs, size), "- adapter", inputs, config)
+        self.fc2 = matrix(rngs, (size, size), "- adapter", size, config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for weight in (self.fc1, self.fc2):
@@ -117,9 +121,9 @@ class Vision(nnx.Module):
         self.config, self.vision = config, vision
         W, std, dtype = vision.hidden_size, vision.hidden_size**-0.5, config.param_dtype
         positions, pixels = vision.patches_per_side**2 + 1, 3 * vision.patch_size**2
-        self.patch_embed = matrix(rngs, (pixels, W), pixels, config)
-        self.class_embed = normal(rngs, (W,), std, dtype)
-        self.pos_embed = normal(rngs, (positions, W), std, dtype)
+        self.patch_embed = matrix(rngs, (pixels, W), "- vision_width", pixels, config)
+        self.class_embed = normal(rngs, (W,), "-", std, dtype)
+        self.pos_embed = normal(rngs, (positions, W), "- vision_width", std, dtype)
         self.pre_norm = LayerNorm(W, NORM_EPS, dtype)
         self.post_norm = LayerNorm(W, NORM_EPS, dtype)
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from data.config import DataConfig, ImageSpec
 from model.config import ModelConfig
+from sharding.config import MeshConfig
 
 Problem = tuple[str, str]
 
@@ -127,6 +128,7 @@ class RunConfig:
     """Folder of jax's compilation cache, so that a second start compiles nothing; empty for none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -74,6 +74,8 @@ class Console:
         total = sum(mixture.values())
         data = ", ".join(f"{percent(weight / total, 0)} {name}" for name, weight in sorted(mixture.items()) if weight)
         lines = {"run directory": str(self._workdir), "devices": facts.get("devices")}
+        if "mesh" in facts:
+            lines["mesh"] = f"{facts['mesh']}; {facts['mesh_memory']}"
         if "parameters" in facts:
             lines["parameters"] = f"{count(facts['parameters'])}, {count(facts['active_parameters'])} active per token"
         lines["data"] = f"{data}; digest {facts['data_digest']}" if "data_digest" in facts else data

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,9 @@ SAMPLES = 24
 class HeldOut:
     """The objective on held-out batches, the same ones each time."""
 
-    def __init__(self, dataset: Dataset, eval_step: Any):
-        self._dataset, self._eval_step = dataset, eval_step
+    def __init__(self, dataset: Dataset, eval_step: Any, put: Callable[[Batch], dict[str, jax.Array]]):
+        """`put` moves a batch to where `eval_step` takes it."""
+        self._dataset, self._eval_step, self._put = dataset, eval_step, put
         self._batches: dict[int, Batch] = {}
 
     def score(self, params: Params, router_bias: Params, batches: int) -> dict[str, float]:
@@ -37,7 +38,7 @@ class HeldOut:
         names = self._dataset.source_names
         for n in range(batches):
             batch = self._batches.setdefault(n, self._dataset.batch(n))
-            sums = jax.device_get(self._eval_step(params, router_bias, batch))
+            sums = jax.device_get(self._eval_step(params, router_bias, self._put(batch)))
             loss_N = loss_N + sums["source_loss"].astype(np.float64)
             weight_N = weight_N + sums["source_weight"].astype(np.float64)
             text_bytes += self._dataset.target_bytes(batch) if "text" in names else 0

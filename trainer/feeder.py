@@ -17,16 +17,17 @@ AHEAD = 2
 class Feeder:
     """Moves batches to the device on a thread, and measures how long the device waits for them."""
 
-    def __init__(self, batches: Batches, sharding: jax.sharding.Sharding):
+    def __init__(self, batches: Batches, put: Callable[[Any], dict[str, jax.Array]]):
+        """`put` moves a batch to where it is used."""
         self._queue: queue.Queue[Any] = queue.Queue(AHEAD)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(batches, sharding), daemon=True, name="feeder")
+        self._thread = threading.Thread(target=self._run, args=(batches, put), daemon=True, name="feeder")
         self._thread.start()
 
-    def _run(self, batches: Batches, sharding: jax.sharding.Sharding) -> None:
+    def _run(self, batches: Batches, put: Callable[[Any], dict[str, jax.Array]]) -> None:
         try:
             for batch in batches:
-                if not self._put(jax.device_put(batch, sharding)):
+                if not self._put(put(batch)):
                     return
         except BaseException as error:
             self._put(error)

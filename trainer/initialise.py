@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -10,38 +9,41 @@ from sharding.errors import UserError
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import RunConfig
 from trainer.hf.load import open_model
-from trainer.step import Params, TrainState, init_state
+from trainer.step import Params, Skeleton, TrainState, init_state, state_shardings
 
 
-def abstract_state(run: RunConfig, device: Any) -> TrainState:
+def abstract_state(run: RunConfig, skeleton: Skeleton) -> TrainState:
     """Shapes, dtypes and shardings of the run's state; nothing is computed."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    shapes = jax.eval_shape(lambda: init_state(run, device.platform))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    shapes = jax.eval_shape(lambda: init_state(run))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(run, skeleton, shapes),
+    )
 
 
 def initialise(
-    run: RunConfig, checkpoints: Checkpoints, data_digest: str, tokenizer_digest: str
+    run: RunConfig, skeleton: Skeleton, checkpoints: Checkpoints, data_digest: str, tokenizer_digest: str
 ) -> tuple[TrainState, str]:
     """The state to go on from, and one line that says where it came from.
 
     Raises `UserError` where a checkpoint or a directory does not fit the run, or was made with other data or, where only
     the weights are taken, with another tokenizer.
     """
-    device = jax.devices()[0]
-    like = abstract_state(run, device)
+    like = abstract_state(run, skeleton)
 
     def fresh(params: Params | None = None, router_bias: Params | None = None) -> TrainState:
         """A state at step 0, around these weights where they are given."""
 
         def make(given: dict[str, Params]) -> TrainState:
             # The random weights that are replaced are never computed: nothing depends on them.
-            return dataclasses.replace(init_state(run, device.platform), **given)
+            return dataclasses.replace(init_state(run), **given)
 
         given = {"params": params, "router_bias": router_bias}
         given = {name: value for name, value in given.items() if value is not None}
         # With the sharding named, a fresh state and a restored one are the same to the compiler.
-        return jax.jit(make, out_shardings=like.step.sharding, donate_argnums=0)(given)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(given)
 
     def weights_of(source: Checkpoints, step: int) -> tuple[TrainState, str]:
         known = check_tokenizer(source, step, tokenizer_digest)

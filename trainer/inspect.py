@@ -20,7 +20,7 @@ from rich.text import Text
 from model.config import ModelConfig
 from trainer.flops import FlopsPerToken, ParameterCounts, flops_per_token
 from trainer.report_text import compact, percent
-from trainer.step import Skeleton
+from trainer.step import weight_shapes
 
 LENGTHS = (1024, 8192, 32_768, 131_072, 1_048_576, 10_485_760)
 """Documents whose cost is listed, in tokens; the last is the longest that a released model, Scout, was made for."""
@@ -88,7 +88,7 @@ def part_of(path: tuple[str | int, ...]) -> str:
 def count_parameters(model: ModelConfig) -> ParameterCounts:
     """Counts by part, from the shapes of the model itself; every weight is in exactly one part."""
     # Neither the platform nor the precision changes a shape: so no device is asked for, and jax has nothing to warn of.
-    shapes = Skeleton(replace(model, param_dtype="float32"), "cpu").abstract_params
+    shapes = weight_shapes(replace(model, param_dtype="float32"))
     parts = Counter({field.name: 0 for field in fields(ParameterCounts)})
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         parts[part_of(tuple(step.key for step in path))] += math.prod(leaf.shape)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from data.pipeline import build_dataset
+from sharding.config import written
 from sharding.devices import peak_flops
 from sharding.errors import UserError
 from trainer.checkpoint import Checkpoints
@@ -26,6 +28,7 @@ from trainer.initialise import abstract_state, initialise
 from trainer.memory import check_memory
 from trainer.metrics import MetricsLogger
 from trainer.objective import metrics, next_token_objective
+from trainer.placement import memory_line, place_run
 from trainer.report import write_report
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
@@ -95,9 +98,11 @@ class Run:
         self._exits.__exit__(*error)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        run, device = self.run, jax.devices()[0]
-        self.sharding = jax.sharding.SingleDeviceSharding(device)
-        check_memory(abstract_state(run, device), device)
+        run = self.run
+        self.mesh = mesh = place_run(run, jax.devices())
+        self.skeleton = skeleton = Skeleton(run.model, mesh)
+        check_memory(abstract_state(run, skeleton), mesh)
+        device = mesh.devices[0]
         self.peak = peak_flops(device, run.model.dtype)  # now, while nothing else uses the processor
         self.dataset = build_dataset(run.data, run.image_spec, "train")
         if self.dataset.tokenizer.size > run.model.vocab_size:
@@ -111,30 +116,35 @@ class Run:
         start = self.checkpoints.latest() or 0
         # Opened before the compilation, so that the first batches are made meanwhile.
         batches = stack.enter_context(self.dataset.batches(start, run.steps))
-        self.feeder = Feeder(batches, self.sharding)
+        self.feeder = Feeder(batches, self._put)
         stack.callback(self.feeder.close)
 
-        self.state, origin = initialise(run, self.checkpoints, self.dataset.digest, self.dataset.tokenizer.digest)
+        self.state, origin = initialise(
+            run, skeleton, self.checkpoints, self.dataset.digest, self.dataset.tokenizer.digest
+        )
         self.directory.save(run, self.dataset.tokenizer)  # not before: nothing is changed by a start that is refused
         self.start = start
-        skeleton = Skeleton(run.model, device.platform)
         objective = next_token_objective(run.objective, len(self.dataset.source_names))
-        self.skeleton = skeleton
         compile_start = time.perf_counter()
         self.step_fn, eval_fn = self._compiled(
             make_train_step(run, skeleton, objective), make_eval_step(skeleton, objective)
         )
         self.compile_s = time.perf_counter() - compile_start
         held_out = build_dataset(run.data, run.image_spec, "heldout")
-        self.held_out = HeldOut(held_out, eval_fn)
+        self.held_out = HeldOut(held_out, eval_fn, self._put)
         self.notes = list(dict.fromkeys(self.dataset.notes + held_out.notes))
 
         self.flops = flops_per_token(run.model, run.data.sequence_length)
-        self.facts = self._facts(device, origin)
+        self.facts = self._facts(origin)
         self.console = Console(run, self.directory.root, self.facts)
         self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
         stack.enter_context(self.console)
         stack.enter_context(self.logger)
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch on the devices, each with its rows of every micro-batch."""
+        order = self.mesh.row_order(self.run.data.batch_size, self.run.optimizer.accumulate)
+        return jax.device_put({name: array[order] for name, array in batch.items()}, self.mesh.rows)
 
     def _compiled(self, train_step: Any, eval_step: Any) -> tuple[Any, Any]:
         """Both steps, before the first one runs: nothing is compiled in the middle of a run."""
@@ -146,18 +156,22 @@ class Run:
 
         example = self.dataset.batch(0)
         batch = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.sharding)
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.mesh.rows)
             for name, array in example.items()
         }
-        compiled_step = jax.jit(step, donate_argnums=0).lower(self.state, batch).compile()
+        # Named, or the compiler might move what it gives back, which the next step could not take.
+        outputs = jax.tree.map(lambda array: array.sharding, self.state), self.mesh.everywhere
+        compiled_step = jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(self.state, batch).compile()
         weights = (self.state.params, self.state.router_bias)
-        return compiled_step, jax.jit(eval_step).lower(*weights, batch).compile()
+        return compiled_step, jax.jit(eval_step, out_shardings=self.mesh.everywhere).lower(*weights, batch).compile()
 
-    def _facts(self, device: Any, origin: str) -> dict[str, Any]:
-        counts = parameter_counts(self.run.model)
+    def _facts(self, origin: str) -> dict[str, Any]:
+        counts, mesh, device = parameter_counts(self.run.model), self.mesh, self.mesh.devices[0]
         return {
             "command": shlex.join(sys.argv),
-            "devices": f"1 x {device.device_kind} ({device.platform})",
+            "devices": f"{len(mesh.devices)} x {device.device_kind} ({device.platform})",
+            "mesh": written(mesh.sizes),
+            "mesh_memory": memory_line(self.state, mesh),
             "peak_flops": self.peak.flops_per_s,
             "peak_source": self.peak.source,
             "flops_per_token": self.flops.training,
@@ -223,7 +237,7 @@ class Run:
             clock = {
                 "time/step": seconds,
                 "time/tokens_per_s": tokens / seconds,
-                "time/mfu": flops / seconds / self.peak.flops_per_s,
+                "time/mfu": flops / seconds / self.peak.flops_per_s / len(self.mesh.devices),
                 "time/data_wait": pending.waited / seconds,
                 "time/elapsed": now - self.started,
             }
@@ -290,7 +304,7 @@ class Run:
         evaluation["loss"] = scores
         if run.image_spec and run.eval.questions and "scenes" in self.dataset.source_names:
             self.console.message(f"asking {run.eval.questions} held-out questions, three times")
-            decoder = Decoder(self.skeleton, params, bias)
+            decoder = Decoder(Skeleton(run.model), params, bias)
             tokenizer = self.dataset.tokenizer
             evaluation |= question_scores(decoder, tokenizer, run.data, run.image_spec, run.eval.questions)
         write_json(self.directory.evaluation, evaluation)

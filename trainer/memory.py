@@ -1,22 +1,33 @@
 """Whether what must be in memory fits into it, said before anything is computed."""
 
+import math
 import os
 from typing import Any
 
 import jax
 
 from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
 from trainer.step import TrainState
 
 
-def check_memory(state: TrainState, device: Any) -> None:
-    """Refuses a model whose weights, gradients and optimizer state alone exceed the device's memory."""
+def check_memory(state: TrainState, mesh: DeviceMesh) -> None:
+    """Refuses a model whose weights, gradients and optimizer state alone exceed the memory of a device of the mesh.
+
+    `state`: shapes with their shardings.
+    """
     check_room(
-        tree_bytes((state, state.params)),
-        device,
+        tree_bytes((state, state.params)) * (_sharing(mesh) if mesh.devices[0].platform == "cpu" else 1),
+        mesh.devices[0],
         "weights, gradients and optimizer state",
-        "A run uses one device today: take a smaller model (model.num_layers, model.num_experts).",
+        "Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller model "
+        "(model.num_layers, model.num_experts).",
     )
+
+
+def _sharing(mesh: DeviceMesh) -> int:
+    """Devices of the mesh in this process, which on a CPU share one memory."""
+    return sum(device.process_index == jax.process_index() for device in mesh.devices)
 
 
 def check_room(nbytes: int, device: Any, what: str, cure: str) -> None:
@@ -32,5 +43,10 @@ def check_room(nbytes: int, device: Any, what: str, cure: str) -> None:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or shapes) of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes on one device of all arrays (or shapes) of a tree; of all of it where they have no sharding."""
+
+    def part(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        return math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
+
+    return sum(part(leaf) for leaf in jax.tree.leaves(tree))

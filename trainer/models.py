@@ -58,14 +58,13 @@ def load_run(workdir: Path) -> LoadedModel:
         raise UserError(f"{directory.root}: has no checkpoint yet. Train it first: drover train --workdir {workdir}.")
     digest = checkpoints.metadata(step)["tokenizer_digest"]
     tokenizer = directory.load_tokenizer(digest) if digest else None
-    device = jax.devices()[0]
-    like = abstract_state(run, device)
+    skeleton = Skeleton(run.model)
+    like = abstract_state(run, skeleton)
     shapes = checkpoints.as_stored(step, like.params)
-    _check_room(shapes, device)
+    _check_room(shapes, skeleton)
     params, router_bias = checkpoints.restore_weights(step, shapes, like.router_bias)
     if router_bias is None:  # an imported model has none, and its run has not moved any yet
         router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like.router_bias)
-    skeleton = Skeleton(run.model, device.platform)
     return LoadedModel(run, tokenizer, skeleton, params, router_bias, f"{directory.root}, step {step}")
 
 
@@ -78,20 +77,20 @@ def load_hf(directory: Path) -> LoadedModel:
     found = open_model(directory)
     run = default_run(found, directory)
     configure_jax(run)
-    device = jax.devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    skeleton = Skeleton(run.model)
     shapes: Any = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), found.abstract()
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        found.abstract(),
+        skeleton.shardings,
     )
-    _check_room(shapes, device)
-    skeleton = Skeleton(run.model, device.platform)
+    _check_room(shapes, skeleton)
     return LoadedModel(run, found.tokenizer, skeleton, found.weights(shapes), {}, str(found.directory))
 
 
-def _check_room(params: Params, device: Any) -> None:
+def _check_room(params: Params, skeleton: Skeleton) -> None:
     check_room(
         tree_bytes(params),
-        device,
+        skeleton.mesh.devices[0],
         "the weights alone",
         "Serving a large model is the business of vLLM and transformers: `drover export` writes what they open.",
     )

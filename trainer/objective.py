@@ -1,6 +1,6 @@
 """Objectives: (model, batch, extras) -> (loss, sums). The next-token loss with the router's auxiliary terms.
 
-Every value in `sums` is additive over micro-batches, and the loss of a step is the sum of its micro-batches' losses.
+Every value in `sums` is additive over micro-batches and devices, and the loss of a step is the sum of their losses.
 Letters: B rows, S sequence, T tokens, L mixture-of-experts layers, E experts.
 """
 
@@ -25,17 +25,17 @@ class Extras:
 
     weight_total: jax.Array
     """Sum of the loss weights over the whole batch of the step, all micro-batches and devices."""
-    micro_batches: int = dataclasses.field(metadata={"static": True})
-    """Micro-batches in the step."""
+    shares: int = dataclasses.field(metadata={"static": True})
+    """Micro-batches of the step times devices: what is computed from the totals of a micro-batch counts so many times."""
 
 
 Objective = Callable[[Transformer, Batch, Extras], tuple[jax.Array, Sums]]
 
 
-def extras_for(batch: Mapping[str, jax.Array], micro_batches: int) -> Extras:
+def extras_for(batch: Mapping[str, jax.Array], shares: int) -> Extras:
     """Extras of a step on `batch`; a batch without any weighted target has a loss of zero, not of 0/0."""
     total = jnp.sum(batch["loss_weights"])
-    return Extras(jnp.where(total > 0, total, 1), micro_batches)
+    return Extras(jnp.where(total > 0, total, 1), shares)
 
 
 def load_balance(stats: RouterStats, top_k: int) -> jax.Array:
@@ -80,8 +80,9 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
         }
         loss = sums["loss"]
         if output.router is not None:
-            sums["load_balance"] = load_balance(output.router, model.config.experts_per_token) / extras.micro_batches
-            sums["router_z"] = router_z(output.router) / extras.micro_batches
+            everywhere = model.place.total(output.router)
+            sums["load_balance"] = load_balance(everywhere, model.config.experts_per_token) / extras.shares
+            sums["router_z"] = router_z(everywhere) / extras.shares
             sums["assignments"] = output.router.assignments_E
             loss += config.load_balance_coef * sums["load_balance"] + config.router_z_coef * sums["router_z"]
         return loss, jax.lax.stop_gradient(sums)

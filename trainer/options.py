@@ -48,8 +48,13 @@ def documentation(cls: type) -> dict[str, str]:
 
 
 def smallest(cls: type, name: str) -> int:
-    """The smallest value that the number `name` may have: 1 for a whole number, unless the section says otherwise."""
+    """The smallest value that the number `name` may have: 1 for a whole number, unless the section says otherwise.
+
+    A section that has numbers of which -1 says something (`MAY_BE_REST`) sees to their 0 itself.
+    """
     may_be_zero = getattr(cls, "MAY_BE_ZERO", frozenset())
+    if name in getattr(cls, "MAY_BE_REST", frozenset()):
+        return -1
     return 1 if int in members(annotations(cls)[name]) and name not in may_be_zero else 0
 
 

@@ -16,6 +16,8 @@ from flax import nnx
 from model.config import ModelConfig
 from model.moe import RouterBias
 from model.transformer import Batch, Transformer
+from sharding.mesh import DeviceMesh
+from sharding.rules import Axes
 from trainer.config import RunConfig
 from trainer.objective import Extras, Objective, Sums, extras_for
 from trainer.optimizer import adamw, learning_rate
@@ -45,10 +47,35 @@ class TrainState:
 class Skeleton:
     """A model without its arrays: puts weights in, and takes them out as plain nested dicts."""
 
-    def __init__(self, config: ModelConfig, platform: str | None = None):
-        model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), platform))
+    def __init__(self, config: ModelConfig, mesh: DeviceMesh | None = None):
+        """`mesh`: the devices that it will run on; by default one.
+
+        Raises:
+            UserError: the mesh does not divide a weight.
+        """
+        self.mesh = mesh or DeviceMesh.alone()
+        platform, place = self.mesh.devices[0].platform, self.mesh.place
+        model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), platform, place))
         self.config = model.config
-        self._graph, self._params, self._bias = nnx.split(model, nnx.Param, RouterBias)
+        self._graph, params, self._bias = nnx.split(model, nnx.Param, RouterBias)
+        # A part of a weight does not show what the whole was, so `Place` reads there how it is split.
+        self._params = jax.tree.map(lambda weight: weight.copy(split=self._split(weight)), params, is_leaf=_is_variable)
+        self.shardings: Params = nnx.to_pure_dict(
+            jax.tree.map(
+                lambda weight: weight.replace(self.mesh.split(self._split(weight))), params, is_leaf=_is_variable
+            )
+        )
+        """Where each weight lives."""
+
+    def _split(self, weight: nnx.Variable) -> tuple[Axes, ...]:
+        dims = weight.get_metadata()["dims"]
+        return self.mesh.rules.split(dims, weight.get_value().shape, self.mesh.sizes)
+
+    def summed(self, gradient: Params) -> Params:
+        """The gradient of every weight, of which `Place` has summed what it gathered, summed over all devices."""
+        state = jax.tree.map(lambda weight: weight, self._params, is_leaf=_is_variable)
+        nnx.replace_by_pure_dict(state, gradient)
+        return nnx.to_pure_dict(jax.tree.map(self.mesh.place.summed, state, is_leaf=_is_variable))
 
     @property
     def abstract_params(self) -> Params:
@@ -65,15 +92,39 @@ class Skeleton:
         return nnx.merge(self._graph, *states)
 
 
-def init_state(run: RunConfig, platform: str | None = None) -> TrainState:
-    """A fresh state from the run's seed."""
-    model = Transformer(run.model, nnx.Rngs(run.seed), platform)
+def weight_shapes(config: ModelConfig) -> Params:
+    """Shapes and dtypes of a model's weights, without asking for a device."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), "cpu"))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def init_state(run: RunConfig) -> TrainState:
+    """A fresh state from the run's seed, the same on any mesh."""
+    model = Transformer(run.model, nnx.Rngs(run.seed))
     _, params, bias = nnx.split(model, nnx.Param, RouterBias)
     params = nnx.to_pure_dict(params)
     optimizer = adamw(run.optimizer).init(params)
     # Three arrays, not one three times: the step donates its state, and a buffer can be given away once.
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, nnx.to_pure_dict(bias), optimizer, skipped, in_a_row)
+
+
+def state_shardings(run: RunConfig, skeleton: Skeleton, state: TrainState) -> TrainState:
+    """Where each array of a state (or of its shapes) lives: moments beside their weights, all else on every device."""
+    everywhere = skeleton.mesh.everywhere
+    whole = jax.tree.map(lambda _: everywhere, state)
+    optimizer = optax.tree.map_params(
+        adamw(run.optimizer),
+        lambda _, sharding: sharding,
+        state.optimizer,
+        skeleton.shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return dataclasses.replace(whole, params=skeleton.shardings, optimizer=optimizer)
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
@@ -84,8 +135,35 @@ def split_batch(batch: Batch, parts: int) -> Batch:
 def loss_and_gradient(
     skeleton: Skeleton, objective: Objective, params: Params, router_bias: Params, batch: Batch, micro_batches: int
 ) -> tuple[jax.Array, Sums, Params]:
-    """Loss of the step, sums and gradient with respect to `params`, accumulated over micro-batches."""
-    extras = extras_for(batch, micro_batches)
+    """Loss of the step, sums and gradient with respect to `params`, accumulated over micro-batches.
+
+    On a mesh of several devices the rows of `batch` are in the order of `DeviceMesh.row_order`.
+    """
+    mesh = skeleton.mesh
+    place, rows, everywhere = mesh.place, mesh.rows, mesh.everywhere
+
+    def on_one(params: Params, router_bias: Params, batch: Batch, extras: Extras) -> tuple[jax.Array, Sums, Params]:
+        loss, sums, gradient = _accumulated(skeleton, objective, params, router_bias, batch, extras, micro_batches)
+        return place.total(loss), place.total(sums), skeleton.summed(gradient)
+
+    step = mesh.on_all(
+        on_one,
+        inputs=(skeleton.shardings, everywhere, rows, everywhere),
+        outputs=(everywhere, everywhere, skeleton.shardings),
+    )
+    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.devices))
+
+
+def _accumulated(
+    skeleton: Skeleton,
+    objective: Objective,
+    params: Params,
+    router_bias: Params,
+    batch: Batch,
+    extras: Extras,
+    micro_batches: int,
+) -> tuple[jax.Array, Sums, Params]:
+    """What one device adds to the loss, the sums and the gradient."""
 
     def loss(params: Params, part: Batch, extras: Extras) -> tuple[jax.Array, Sums]:
         return objective(skeleton.model(params, router_bias), part, extras)
@@ -165,7 +243,18 @@ def make_train_step(
 def make_eval_step(skeleton: Skeleton, objective: Objective) -> Callable[[Params, Params, Batch], Sums]:
     """The objective's sums on a held-out batch, not yet compiled."""
 
+    mesh = skeleton.mesh
+
+    def on_one(params: Params, router_bias: Params, batch: Batch, extras: Extras) -> Sums:
+        return mesh.place.total(objective(skeleton.model(params, router_bias), batch, extras)[1])
+
+    step = mesh.on_all(
+        on_one,
+        inputs=(skeleton.shardings, mesh.everywhere, mesh.rows, mesh.everywhere),
+        outputs=mesh.everywhere,
+    )
+
     def eval_step(params: Params, router_bias: Params, batch: Batch) -> Sums:
-        return objective(skeleton.model(params, router_bias), batch, extras_for(batch, 1))[1]
+        return step(params, router_bias, batch, extras_for(batch, mesh.place.devices))
 
     return eval_step

@@ -200,7 +200,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokenizer = make_tokenizer(folder)
     data = DataConfig(mixture={"text": 1.0}, tokenizer_size=300, max_tiles=4)
     run = RunConfig(name=request.param, model=config, data=data)
-    skeleton = Skeleton(config, "cpu")
+    skeleton = Skeleton(config)
     params, none = make_weights(skeleton, run.seed), jnp.zeros((), jnp.int32)
     directory = RunDirectory(folder / "run")
     directory.create()

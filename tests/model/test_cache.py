@@ -89,7 +89,7 @@ SCOUT = ModelConfig(vision=VisionConfig(), rope_scaling=RopeScaling(), dtype="bf
 
 
 def test_the_bytes_of_a_cache_are_those_of_its_arrays() -> None:
-    skeleton, B, S, length = Skeleton(SCOUT, "cpu"), 3, 64, 20_000
+    skeleton, B, S, length = Skeleton(SCOUT), 3, 64, 20_000
     batch = {name: jax.ShapeDtypeStruct((B, S), np.int32) for name in ("tokens", "segment_ids", "positions")}
     _, cache = jax.eval_shape(
         lambda params, batch: skeleton.model(params, {}).prefill(batch, length), skeleton.abstract_params, batch

@@ -12,6 +12,7 @@ import pytest
 from data.config import DataConfig
 from model.config import ModelConfig
 from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
 from tests.golden.goldens import SHIPPED
 from tests.oracle_cases import TINY
 from trainer.checkpoint import Checkpoints, locate
@@ -19,7 +20,7 @@ from trainer.config import CheckpointConfig, InitConfig, RunConfig
 from trainer.hf.config import read_model_config
 from trainer.initialise import abstract_state, initialise
 from trainer.memory import check_memory
-from trainer.step import TrainState, init_state
+from trainer.step import Skeleton, TrainState, init_state
 
 # TensorStore reports to an event loop that has ended.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -51,8 +52,8 @@ def save(folder: Path, state: TrainState, **config: int) -> Checkpoints:
 METADATA = {"data_digest": "abc", "tokenizer_digest": "xyz"}
 
 
-def device() -> object:
-    return jax.devices()[0]
+def shapes(run: RunConfig) -> TrainState:
+    return abstract_state(run, Skeleton(run.model))
 
 
 def test_a_save_is_a_snapshot_although_the_step_reuses_the_memory(tmp_path: Path) -> None:
@@ -72,14 +73,14 @@ def test_a_save_is_a_snapshot_although_the_step_reuses_the_memory(tmp_path: Path
 
 def test_leaves_are_matched_by_name_even_with_more_than_ten_layers(tmp_path: Path) -> None:
     model = dataclasses.replace(TINY, num_layers=12, nope_layer_step=12, moe_layer_step=12, router_bias_rate=0.1)
-    like = abstract_state(run_config(model), device())
+    like = shapes(run_config(model))
     state = filled(init_state(run_config(model)), 7)
     assert same(save(tmp_path, state).restore(7, like), state)
 
 
 def test_weights_alone_are_read_without_the_rest(tmp_path: Path) -> None:
     state = filled(init_state(run_config()), 7)
-    like = abstract_state(run_config(), device())
+    like = shapes(run_config())
     params, router_bias = save(tmp_path, state).restore_weights(7, like.params, like.router_bias)
     fresh = init_state(run_config())
     restored = dataclasses.replace(fresh, params=params, router_bias=router_bias)
@@ -100,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_with_its_cure(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "7" / "state" / "ocdbt.process_0")
     shutil.rmtree(tmp_path / "7" / "state" / "d")
     with pytest.raises(UserError, match=r"checkpoint .*/7: cannot be read") as caught:
-        checkpoints.restore(7, abstract_state(run_config(), device()))
+        checkpoints.restore(7, shapes(run_config()))
     assert "delete that folder" in str(caught.value)
 
 
@@ -113,7 +114,7 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
     both = {"from_run": str(tmp_path / "other"), "pretrained": str(golden)}
 
     def start(tokenizer: str = "xyz", **init: str) -> tuple[TrainState, str]:
-        return initialise(run_config(model, **init), own, "abc", tokenizer)
+        return initialise(run_config(model, **init), Skeleton(model), own, "abc", tokenizer)
 
     scratch, line = start()
     assert line == "scratch, seed 0"
@@ -135,8 +136,8 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_checkpoint_of_another_model_is_refused_by_its_shapes(tmp_path: Path, whole: bool) -> None:
     checkpoints = save(tmp_path, filled(init_state(run_config()), 7))
-    wider = abstract_state(run_config(dataclasses.replace(TINY, hidden_size=14)), device())
-    deeper = abstract_state(run_config(dataclasses.replace(TINY, num_layers=8)), device())
+    wider = shapes(run_config(dataclasses.replace(TINY, hidden_size=14)))
+    deeper = shapes(run_config(dataclasses.replace(TINY, num_layers=8)))
 
     def restore(step: int, like: TrainState) -> object:
         if whole:
@@ -157,5 +158,5 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_allocated() -> None:
     run = run_config(ModelConfig())  # Scout
-    with pytest.raises(UserError, match=r"need 1,6\d\d\.\d GiB, found .* take a smaller model"):
-        check_memory(abstract_state(run, device()), device())
+    with pytest.raises(UserError, match=r"need 1,6\d\d\.\d GiB, found .* a smaller model"):
+        check_memory(shapes(run), DeviceMesh.alone())

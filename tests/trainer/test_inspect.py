@@ -18,6 +18,7 @@ from trainer import inspect
 from trainer.config import RunConfig
 from trainer.flops import ParameterCounts, flops_per_token, parameter_counts
 from trainer.inspect import count_parameters, inspect_model, part_of, render
+from trainer.step import weight_shapes
 from trainer.sections import resolve
 
 SMALL = ModelConfig(
@@ -131,13 +132,11 @@ def test_a_weight_that_no_part_knows_is_an_error(path):
 
 
 def test_a_weight_that_the_model_gains_is_not_lost_in_silence(monkeypatch):
-    class Gained(inspect.Skeleton):
-        @property
-        def abstract_params(self):
-            params = super().abstract_params
-            return params | {"second_head": params["lm_head"]}
+    def gained(config):
+        params = weight_shapes(config)
+        return params | {"second_head": params["lm_head"]}
 
-    monkeypatch.setattr(inspect, "Skeleton", Gained)
+    monkeypatch.setattr(inspect, "weight_shapes", gained)
     with pytest.raises(ValueError, match="second_head"):
         count_parameters(SMALL)
 

@@ -1,0 +1,77 @@
+"""A mesh of devices: where arrays live on it, and how a function runs on all of its devices at once."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sharding.config import AXES
+from sharding.place import Place
+from sharding.rules import Axes, Rules
+
+
+@dataclass(frozen=True)
+class DeviceMesh:
+    """Devices with named axes, of which `place` is the view from inside."""
+
+    mesh: Mesh
+    place: Place
+    rules: Rules = field(default_factory=Rules)
+
+    @classmethod
+    def of(cls, devices: Sequence[Any], sizes: Mapping[str, int], expert_buffer: float = 1.5) -> "DeviceMesh":
+        """A mesh with these sizes of `AXES`, whose product is the number of devices."""
+        shape = tuple(sizes.get(name, 1) for name in AXES)
+        assert math.prod(shape) == len(devices)
+        # Accelerators are put so that neighbours in the mesh are neighbours on the wires.
+        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), expert_buffer))
+
+    @classmethod
+    def alone(cls, device: Any | None = None) -> "DeviceMesh":
+        """One device, by default the first."""
+        return cls.of([device or jax.devices()[0]], {})
+
+    @property
+    def devices(self) -> list[Any]:
+        return list(self.mesh.devices.flat)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(AXES, self.mesh.devices.shape, strict=True))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """For an array that is whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def rows(self) -> NamedSharding:
+        """For an array whose first dim, the rows of a batch, is split over all devices."""
+        return NamedSharding(self.mesh, PartitionSpec(self.place.axes))
+
+    def split(self, axes: Sequence[Axes]) -> NamedSharding:
+        """For an array whose dims are split over these axes each."""
+        return NamedSharding(self.mesh, PartitionSpec(*(names or None for names in axes)))
+
+    def on_all(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """`function` on every device, of its parts of the arguments; `inputs` and `outputs` are shardings.
+
+        On one device that is the function itself.
+        """
+        if not self.place.axes:
+            return function
+        specs = [jax.tree.map(lambda sharding: sharding.spec, tree) for tree in (inputs, outputs)]
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+    def row_order(self, rows: int, parts: int) -> np.ndarray:
+        """The order of a batch's rows on the devices, [rows]: so that each device has its share of each of `parts`.
+
+        A batch is cut into micro-batches first, rows i x rows / parts and on being micro-batch i on any mesh; each of
+        those is then split over the devices.
+        """
+        return np.arange(rows).reshape(parts, self.place.devices, -1).transpose(1, 0, 2).reshape(-1)

@@ -1,0 +1,138 @@
+"""Where a device stands in the mesh, for code that runs on all of them at once (inside `jax.shard_map`).
+
+The rule that makes gradients right: each device computes a part of the loss, and the parts add up to the whole. So what
+every device computes alike, from totals, is divided by their number; the gradient of a gathered weight is summed over the
+devices that gathered it and scattered back into parts; and `Place.summed` adds up, once a step, over the axes that a
+weight is not split over.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from sharding.config import AXES
+from sharding.rules import Axes
+
+GATHERED = "gathered"
+"""Name of gathered weights in checkpoint policies: the backward pass gathers them again rather than keep them."""
+
+Weights = TypeVar("Weights", nnx.State, nnx.Variable)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The mesh as the code on a device sees it. Without sizes: one device, on which everything here does nothing."""
+
+    sizes: tuple[tuple[str, int], ...] = ()
+    """(axis, size) of the axes with more than one device. They split the rows of a batch."""
+    expert_buffer: float = 1.5
+    """See `MeshConfig`."""
+
+    @classmethod
+    def on(cls, sizes: dict[str, int], expert_buffer: float) -> "Place":
+        """The place in a mesh of these sizes."""
+        return cls(tuple((name, sizes[name]) for name in AXES if sizes[name] > 1), expert_buffer)
+
+    @property
+    def axes(self) -> Axes:
+        """The axes with more than one device."""
+        return tuple(name for name, _ in self.sizes)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(size for _, size in self.sizes)
+
+    def size(self, axis: str) -> int:
+        """Devices along an axis."""
+        return dict(self.sizes).get(axis, 1)
+
+    def total(self, tree: Any) -> Any:
+        """Every array summed over all devices."""
+        return lax.psum(tree, self.axes) if self.axes else tree
+
+    def largest(self, number: jax.Array) -> jax.Array:
+        """The largest of all devices'."""
+        return lax.pmax(number, self.axes) if self.axes else number
+
+    def summed(self, gradient: nnx.Variable) -> nnx.Variable:
+        """The gradient of a weight, summed over the axes that it is not split over."""
+        taken = {axis for axes in gradient.get_metadata()["split"] for axis in axes}
+        others = tuple(axis for axis in self.axes if axis not in taken)
+        return gradient.replace(lax.psum(gradient.get_value(), others)) if others else gradient
+
+    def whole(self, weights: Weights, dtype: str | None = None) -> Weights:
+        """These weights, of which each device has its part, gathered; but for experts, which stay where they are.
+
+        `dtype`: gather in this precision what is stored in a higher one; weights that are `exact` keep theirs.
+        """
+        if not self.sizes:
+            return weights
+        gather = functools.partial(_whole, dtype=dtype)
+        return jax.tree.map(gather, weights, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+    def rows(self, table: nnx.Variable, index: jax.Array, dtype: str) -> jax.Array:
+        """Rows of a table [V, D] by their indices, [...] -> [..., D].
+
+        Where the table is split along D, its parts stay: each device looks up what the others ask for, in its part.
+        """
+        part, split = table.get_value(), _gathers(table)
+        if not split:
+            return part[index].astype(dtype)
+        ((_, axes),) = split
+        asked = lax.all_gather(index, axes)
+        return lax.all_to_all(part[asked].astype(dtype), axes, 0, asked.ndim, tiled=True)[0]
+
+
+def _gathers(weight: nnx.Variable) -> tuple[tuple[int, Axes], ...]:
+    """(dim, axes) of the dims that are split and have to be gathered: all but the experts'.
+
+    How the weight is split is noted for all of its dims; inside a scan over stacked layers it lacks the first.
+    """
+    note = weight.get_metadata()
+    if "split" not in note:  # a router's bias, which no mesh splits
+        return ()
+    scanned = len(note["split"]) - weight.get_value().ndim
+    names = ("-",) * (len(note["split"]) - len(note["dims"])) + note["dims"]
+    return tuple(
+        (i - scanned, axes)
+        for i, (name, axes) in enumerate(zip(names, note["split"], strict=True))
+        if axes and name != "experts"
+    )
+
+
+def _whole(weight: nnx.Variable, dtype: str | None) -> nnx.Variable:
+    part, split = weight.get_value(), _gathers(weight)
+    if not split:
+        return weight
+    narrow = dtype and not weight.get_metadata().get("exact") and jnp.dtype(dtype).itemsize < part.dtype.itemsize
+    return weight.replace(checkpoint_name(_gather(part, split, dtype if narrow else part.dtype), GATHERED))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, split: tuple[tuple[int, Axes], ...], dtype: Any) -> jax.Array:
+    """Parts become the whole array in `dtype`; gradients are summed in the precision of the part."""
+    whole = part.astype(dtype)
+    for dim, axes in split:
+        whole = lax.all_gather(whole, axes, axis=dim, tiled=True)
+    return whole
+
+
+def _gather_forward(part, split, dtype):
+    return _gather(part, split, dtype), jnp.zeros(0, part.dtype)
+
+
+def _gather_backward(split, dtype, like, d_whole):
+    d_part = d_whole.astype(like.dtype)
+    for dim, axes in reversed(split):
+        d_part = lax.psum_scatter(d_part, axes, scatter_dimension=dim, tiled=True)
+    return (d_part,)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

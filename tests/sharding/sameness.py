@@ -1,0 +1,197 @@
+"""The same training run on any mesh: what `train` runs, on 8 virtual devices and on one.
+
+    python -m tests.sharding.sameness [--cases NAME ...] [--meshes fsdp=4,expert=2 ...] [--float64]
+
+Prints a line for each case and mesh, and exits with 1 where a difference is larger than it may be. In float64: the loss
+and every gradient to 1e-10 of its norm. Then, unless only that is asked for, in float32: the loss to 1e-5, every gradient
+to 1e-4 of its largest value, every weight after 10 steps of AdamW to 1e-4 of its norm, replicas bit for bit.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import sys
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from sharding.config import AXES, meshes, written
+from sharding.mesh import DeviceMesh
+from tests import oracle
+from tests.oracle_cases import (
+    COEFFICIENTS,
+    FAST_COMPILE,
+    SOURCES,
+    TINY,
+    VISION,
+    random_batch,
+    random_bias,
+    random_params,
+)
+from trainer.config import OptimizerConfig, RunConfig
+from trainer.initialise import abstract_state
+from trainer.objective import next_token_objective
+from trainer.step import Skeleton, init_state, loss_and_gradient, make_train_step
+
+DEVICES, ROWS, STEPS, SEED = 8, 16, 10, 3
+FLOAT64, LOSS, GRADIENT, WEIGHTS = 1e-10, 1e-5, 1e-4, 1e-4
+"""What may differ; see above."""
+
+WIDE = dataclasses.replace(TINY, hidden_size=16, num_experts=8)
+"""Of sizes that 8 devices can split."""
+
+CASES: dict[str, tuple[ModelConfig, int]] = {
+    "experts everywhere, images": (
+        dataclasses.replace(
+            WIDE,
+            moe_layer_step=1,
+            nope_layer_step=2,
+            experts_per_token=2,
+            router_bias_rate=0.1,
+            vision=dataclasses.replace(VISION, adapter_size=8),
+        ),
+        2,
+    ),
+    "experts in turn, tied": (
+        dataclasses.replace(WIDE, moe_layer_step=2, nope_layer_step=4, tie_embeddings=True, remat="none"),
+        1,
+    ),
+}
+"""Model and micro-batches of a step."""
+
+
+def in_precision(case: str, dtype: str) -> tuple[ModelConfig, Any, Any, dict[str, np.ndarray], int]:
+    model, parts = CASES[case]
+    model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
+    params = random_params(model, SEED)
+    if dtype == "float64":
+        params = oracle.as_float64(params)
+    return model, params, random_bias(model, SEED), random_batch(model, SEED, rows=ROWS), parts
+
+
+def placed(mesh: DeviceMesh, batch: dict[str, np.ndarray], parts: int) -> dict[str, jax.Array]:
+    order = mesh.row_order(ROWS, parts)
+    return jax.device_put({name: array[order] for name, array in batch.items()}, mesh.rows)
+
+
+def loss_sums_gradient(case: str, dtype: str, mesh: DeviceMesh) -> Any:
+    """Of the whole batch, on the host."""
+    model, params, bias, batch, parts = in_precision(case, dtype)
+    skeleton, objective = Skeleton(model, mesh), next_token_objective(COEFFICIENTS, SOURCES)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params: Any, bias: Any, batch: Any) -> Any:
+        return loss_and_gradient(skeleton, objective, params, bias, batch, parts)
+
+    weights = jax.device_put(params, skeleton.shardings), jax.device_put(bias, mesh.everywhere)
+    return jax.device_get(run(*weights, placed(mesh, batch, parts)))
+
+
+def trained(case: str, mesh: DeviceMesh) -> Any:
+    """Weights after so many steps, on the host, and whether replicas are the same bit for bit."""
+    model, params, bias, batch, parts = in_precision(case, "float32")
+    run = RunConfig(
+        steps=100,
+        model=model,
+        data=DataConfig(batch_size=ROWS),
+        optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=2, accumulate=parts),
+    )
+    skeleton = Skeleton(model, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(run, skeleton))
+    state = dataclasses.replace(init_state(run), params=params, router_bias=bias)
+    state = jax.device_put(state, shardings)
+    step = jax.jit(
+        make_train_step(run, skeleton, next_token_objective(COEFFICIENTS, SOURCES)),
+        donate_argnums=0,
+        out_shardings=(shardings, mesh.everywhere),
+        compiler_options=FAST_COMPILE,
+    )
+    for _ in range(STEPS):
+        state, _ = step(state, placed(mesh, batch, parts))
+    return jax.device_get(state.params), all(map(replicas_agree, jax.tree.leaves(state)))
+
+
+def replicas_agree(array: jax.Array) -> bool:
+    first: dict[str, bytes] = {}
+    return all(
+        first.setdefault(str(shard.index), np.asarray(shard.data).tobytes()) == np.asarray(shard.data).tobytes()
+        for shard in array.addressable_shards
+    )
+
+
+alone_losses = functools.cache(lambda case, dtype: loss_sums_gradient(case, dtype, DeviceMesh.alone()))
+alone_trained = functools.cache(lambda case: trained(case, DeviceMesh.alone())[0])
+
+
+@functools.cache
+def router_margin(case: str) -> float:
+    """Smallest difference, over all tokens, between the score of the last expert that is chosen and the next one's."""
+    model, params, bias, batch, _ = in_precision(case, "float32")
+    skeleton = Skeleton(model)
+    router = jax.jit(lambda p, r, b: skeleton.model(p, r)(b, capture=True).router)(params, bias, batch)
+    assert router.logits_TE is not None
+    real = batch["segment_ids"].reshape(-1) > 0
+    scores = np.sort(1 / (1 + np.exp(-np.asarray(router.logits_TE, np.float64)[:, real])), axis=2)
+    return float((scores[..., -model.experts_per_token] - scores[..., -model.experts_per_token - 1]).min())
+
+
+def largest(error: Any, ours: Any, theirs: Any) -> float:
+    """The largest error of all leaves."""
+    return max(jax.tree.leaves(jax.tree.map(error, ours, theirs)))
+
+
+def of_norm(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
+
+
+def of_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+
+
+def compare(case: str, sizes: dict[str, int], only_float64: bool) -> tuple[bool, str]:
+    """Whether a mesh gives what one device does, and a line that says how close."""
+    mesh = DeviceMesh.of(jax.devices()[:DEVICES], sizes)
+    with jax.enable_x64(True):
+        found, expected = loss_sums_gradient(case, "float64", mesh), alone_losses(case, "float64")
+    wide = largest(of_norm, found, expected)
+    line, good = f"float64 {wide:.0e}", wide < FLOAT64
+    if not only_float64:
+        found, expected = loss_sums_gradient(case, "float32", mesh), alone_losses(case, "float32")
+        loss, gradient = of_largest(found[0], expected[0]), largest(of_largest, found[2], expected[2])
+        weights, agree = trained(case, mesh)
+        after = largest(of_norm, weights, alone_trained(case))
+        line += f"   float32 loss {loss:.0e} gradient {gradient:.0e} weights after {STEPS} steps {after:.0e}"
+        line += "" if agree else "   replicas differ"
+        good &= loss < LOSS and gradient < GRADIENT and after < WEIGHTS and agree
+    return good, line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--meshes", nargs="+", help="default: every mesh of 8 devices")
+    parser.add_argument("--float64", action="store_true", help="compare losses and gradients in float64, no more")
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    asked = [dict(pair.split("=") for pair in mesh.split(",")) for mesh in options.meshes or []]
+    chosen = [{name: int(mesh.get(name, 1)) for name in AXES} for mesh in asked] or list(meshes(DEVICES))
+    wrong = 0
+    for case in options.cases:
+        print(f"{case} (router margin {router_margin(case):.0e})")
+        for sizes in chosen:
+            good, line = compare(case, sizes, options.float64)
+            wrong += not good
+            print(f"  {written(sizes):28} {'same' if good else 'DIFFERS':8} {line}", flush=True)
+    print(f"{len(options.cases) * len(chosen) - wrong} of {len(options.cases) * len(chosen)} are the same")
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

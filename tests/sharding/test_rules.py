@@ -1,0 +1,32 @@
+"""Rules from the names of dims to mesh axes."""
+
+import pytest
+
+from sharding.errors import UserError
+from sharding.rules import Rules
+
+MESH = {"data": 2, "fsdp": 4, "expert": 2}
+
+
+def test_dims_are_split_by_name_and_leading_ones_are_whole() -> None:
+    rules = Rules()
+    assert rules.split(("width", "heads", "head"), (3, 16, 4, 6), MESH) == ((), ("fsdp", "expert"), (), ())
+    assert rules.split(("experts", "expert_width", "expert_ffn"), (8, 16, 6), MESH) == (("expert",), ("fsdp",), ())
+    assert rules.split((), (16,), MESH) == ((),)
+    assert rules.split(("width",), (16,), {"data": 8, "fsdp": 1, "expert": 1}) == ((),)
+
+
+def test_dims_of_the_vision_encoder_are_split_as_far_as_they_divide() -> None:
+    assert Rules().split(("vision_width",), (1408,), MESH) == (("fsdp", "expert"),)
+    assert Rules().split(("vision_width",), (12,), MESH) == (("fsdp",),)
+    assert Rules().split(("vision_width",), (7,), MESH) == ((),)
+
+
+def test_an_axis_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match=r"fsdp=4 x expert=2 does not divide width, which is 12"):
+        Rules().split(("width", "ffn"), (12, 8), MESH)
+
+
+def test_two_dims_that_claim_one_axis_are_refused() -> None:
+    with pytest.raises(UserError, match=r"fsdp would split two dims of an array, \('width', 'expert_width'\)"):
+        Rules(width=("fsdp",)).split(("width", "expert_width"), (8, 8), MESH)

@@ -1,0 +1,89 @@
+"""Meshes of a run: sizes, refusals with the nearest mesh that fits, bytes on each device."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from data.config import DataConfig
+from sharding.config import MeshConfig, meshes
+from sharding.errors import UserError
+from tests.sharding.sameness import WIDE
+from trainer.config import OptimizerConfig, RunConfig
+from trainer.initialise import abstract_state
+from trainer.memory import tree_bytes
+from trainer.placement import memory_line, mesh_problems, place_run
+from trainer.sections import from_plain, to_plain
+from trainer.step import Skeleton
+
+
+def run_on(model: Any = WIDE, rows: int = 16, parts: int = 1, **mesh: int) -> RunConfig:
+    optimizer = OptimizerConfig(accumulate=parts)
+    return RunConfig(model=model, data=DataConfig(batch_size=rows), optimizer=optimizer, mesh=MeshConfig(**mesh))
+
+
+def placed(run: RunConfig, devices: int = 8) -> dict[str, int]:
+    return place_run(run, jax.devices()[:devices]).sizes
+
+
+def test_an_axis_takes_the_devices_that_the_others_leave() -> None:
+    assert placed(run_on()) == {"data": 1, "fsdp": 8, "expert": 1}
+    assert placed(run_on(data=2, expert=2)) == {"data": 2, "fsdp": 2, "expert": 2}
+    assert placed(run_on(data=-1, fsdp=4)) == {"data": 2, "fsdp": 4, "expert": 1}
+    assert placed(run_on(), devices=1) == {"data": 1, "fsdp": 1, "expert": 1}
+
+
+@pytest.mark.parametrize(("run", "words"), [
+    (run_on(data=3), "found data=3, fsdp=-1, expert=1, whose product does not make the 8 devices here. Meshes of 8 devices "
+     "that fit this run, the nearest first: data=4, fsdp=2"),
+    (run_on(fsdp=4), "found data=1, fsdp=4, expert=1, whose product does not make the 8 devices here"),
+    (run_on(dataclasses.replace(WIDE, num_experts=6), expert=4),
+     "found fsdp=2, expert=4: model.num_experts=6 cannot be split into 4 equal groups. Meshes of 8 devices that fit this "
+     "run, the nearest first: fsdp=4, expert=2;"),
+    (run_on(dataclasses.replace(WIDE, hidden_size=12)), "model.hidden_size=12 cannot be split into 8 equal parts. Meshes of "
+     "8 devices that fit this run, the nearest first: data=2, fsdp=4;"),
+    (run_on(dataclasses.replace(WIDE, moe_layer_step=0), expert=2), "the model has no experts to split, use fsdp"),
+    (run_on(rows=16, parts=4), "the 4 rows of each of the optimizer.accumulate micro-batches of data.batch_size=16 cannot be "
+     "split into 8 equal devices. No mesh of 8 devices fits this run: their number must divide the rows of a micro-batch. "
+     "Take data.batch_size=32"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(run: RunConfig, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        place_run(run, jax.devices()[:8])
+    assert words in str(error.value)
+
+
+def test_what_is_suggested_fits() -> None:
+    run = run_on(dataclasses.replace(WIDE, num_experts=6, hidden_size=12), rows=24)
+    fitting = [sizes for sizes in meshes(6) if not mesh_problems(run, sizes)]
+    assert len(fitting) > 1
+    for sizes in fitting:
+        assert placed(dataclasses.replace(run, mesh=MeshConfig(**sizes)), 6) == sizes
+        Skeleton(run.model, place_run(dataclasses.replace(run, mesh=MeshConfig(**sizes)), jax.devices()[:6]))
+
+
+@pytest.mark.parametrize(("mesh", "words"), [
+    ({"fsdp": 0}, "mesh.fsdp: found 0, expected 1 or more, or -1"),
+    ({"fsdp": -2}, "mesh.fsdp: found -2, expected -1 or more"),
+    ({"data": -1, "fsdp": -1}, "mesh.fsdp: found -1, expected a size: data is -1 already"),
+    ({"expert_buffer": 0.5}, "mesh.expert_buffer: found 0.5, expected 1 or more"),
+])  # fmt: skip
+def test_options_of_the_mesh_are_checked_without_devices(mesh: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        from_plain(RunConfig, to_plain(RunConfig()) | {"mesh": mesh})
+    assert words in str(error.value)
+
+
+def test_weights_and_moments_are_split_and_what_is_whole_is_said() -> None:
+    run = run_on(fsdp=4, expert=2)
+    mesh = place_run(run, jax.devices()[:8])
+    state = abstract_state(run, Skeleton(run.model, mesh))
+    alone = abstract_state(run, Skeleton(run.model))
+    whole = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.is_fully_replicated]
+    assert {leaf.shape for leaf in whole} == {(), (16,), (1, 16)}  # counters and norms
+    assert tree_bytes(state) == (tree_bytes(alone) - tree_bytes(whole)) // 8 + tree_bytes(whole)
+    line = memory_line(state, mesh)
+    assert f"{sum(leaf.ndim > 0 for leaf in whole)} arrays" in line and "copies" not in line
+    copied = place_run(run_on(data=2, expert=2), jax.devices()[:8])
+    assert "2 copies of all of it" in memory_line(abstract_state(run, Skeleton(run.model, copied)), copied)

@@ -1,0 +1,87 @@
+"""A run on its devices: the mesh that the config asks for, checked against the model and the batch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.filesize import decimal
+
+from sharding.config import AXES, REST, distance, meshes, written
+from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
+from trainer.config import RunConfig
+from trainer.memory import tree_bytes
+from trainer.step import TrainState
+
+SUGGESTED = 4
+"""Meshes that a refusal names."""
+
+
+def place_run(run: RunConfig, devices: Sequence[Any]) -> DeviceMesh:
+    """The mesh of a run on these devices.
+
+    Raises:
+        UserError: its product is not their number, or it does not divide what it splits; names the nearest that do.
+    """
+    sizes = run.mesh.sizes(len(devices))
+    if sizes is None:
+        asked = ", ".join(f"{name}={getattr(run.mesh, name)}" for name in AXES)
+        fixed = {name: size for name in AXES if (size := getattr(run.mesh, name)) != REST}
+        wanted = dict.fromkeys(AXES, max(1, len(devices) // math.prod(fixed.values()))) | fixed
+        found = f"found {asked}, whose product does not make the {len(devices)} devices here"
+    else:
+        problems = mesh_problems(run, sizes)
+        if not problems:
+            return DeviceMesh.of(devices, sizes, run.mesh.expert_buffer)
+        wanted, found = sizes, f"found {written(sizes)}: {'; '.join(problems)}"
+    raise UserError(f"mesh: {found}. {_cures(run, len(devices), wanted)}")
+
+
+def mesh_problems(run: RunConfig, sizes: dict[str, int]) -> list[str]:
+    """What in the run a mesh does not divide."""
+    everything = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    micro_batch = run.data.batch_size // run.optimizer.accumulate
+    parts = "optimizer.accumulate micro-batches of data.batch_size"
+    experts = any(kind.moe for kind in run.model.layer_kinds())
+    checks = [
+        (micro_batch, everything, f"the {micro_batch} rows of each of the {parts}={run.data.batch_size}", "devices"),
+        (run.model.hidden_size, sizes["fsdp"] * sizes["expert"], f"model.hidden_size={run.model.hidden_size}", "parts"),
+    ]
+    if experts:
+        checks.append((run.model.num_experts, sizes["expert"], f"model.num_experts={run.model.num_experts}", "groups"))
+    found = [f"{what} cannot be split into {by} equal {unit}" for size, by, what, unit in checks if size % by]
+    if not experts and sizes["expert"] > 1:
+        found.append("the model has no experts to split, use fsdp")
+    return found
+
+
+def _cures(run: RunConfig, devices: int, wanted: dict[str, int]) -> str:
+    fitting = sorted(
+        (sizes for sizes in meshes(devices) if not mesh_problems(run, sizes)), key=lambda sizes: distance(sizes, wanted)
+    )
+    if fitting:
+        nearest = "; ".join(written(sizes) for sizes in fitting[:SUGGESTED])
+        return f"Meshes of {devices} devices that fit this run, the nearest first: {nearest}."
+    micro_batches = run.optimizer.accumulate
+    rows = -(-run.data.batch_size // (devices * micro_batches)) * devices * micro_batches
+    return (
+        f"No mesh of {devices} devices fits this run: their number must divide the rows of a micro-batch. Take "
+        f"data.batch_size={rows}, or fewer devices (CUDA_VISIBLE_DEVICES on GPUs)."
+    )
+
+
+def memory_line(state: TrainState, mesh: DeviceMesh) -> str:
+    """What weights and optimizer state take of each device, and what of that is whole or copied on all of them.
+
+    `state`: shapes with their shardings.
+    """
+    part = tree_bytes(state)
+    line = f"weights and optimizer state {decimal(part)} a device"
+    leaves = jax.tree.leaves(state)
+    whole = [leaf for leaf in leaves if leaf.ndim and leaf.sharding.is_fully_replicated]
+    if len(mesh.devices) > 1:
+        line += f", of which {len(whole)} arrays, {decimal(tree_bytes(whole))}, are whole on every one"
+    if mesh.sizes["data"] > 1:
+        line += f"; {mesh.sizes['data']} copies of all of it (mesh.data)"
+    return line
