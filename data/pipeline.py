@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection, parent_process, resource_tracker
 from typing import Any, Self
 
@@ -52,8 +52,8 @@ class Dataset:
     def __reduce__(self):
         return Dataset, (self.config, self.image, self._held_out)
 
-    def batch(self, n: int) -> Batch:
-        """Batch n.
+    def batch(self, n: int, rows: Sequence[int] | None = None) -> Batch:
+        """Batch n, or these rows of it, in this order.
 
         Returns:
             tokens, targets, segment_ids, positions, source_ids: int32 [B, S]; loss_weights: float32 [B, S]. A target
@@ -62,7 +62,8 @@ class Dataset:
             image_tiles: uint8 [B, M, t, t, 3] and image_positions: int32 [B, M, P], the index in the row of each
             tile's patch tokens; 0 and -1 in unused slots. Absent without an image encoder.
         """
-        B, S = self.config.batch_size, self.config.sequence_length
+        rows = range(self.config.batch_size) if rows is None else rows
+        B, S = len(rows), self.config.sequence_length
         batch: Batch = {
             "tokens": np.full((B, S), self.tokenizer.special[PAD], np.int32),
             "targets": np.zeros((B, S), np.int32),
@@ -75,13 +76,17 @@ class Dataset:
             M, t = self.config.tiles_per_row, self.image.tile_size
             batch["image_tiles"] = np.zeros((B, M, t, t, 3), np.uint8)
             batch["image_positions"] = np.full((B, M, self.image.tokens_per_tile), -1, np.int32)
-        for b in range(B):
-            self._fill_row({name: array[b] for name, array in batch.items()}, self._packing.row(n * B + b))
+        for b, row in enumerate(rows):
+            packed = self._packing.row(n * self.config.batch_size + row)
+            self._fill_row({name: array[b] for name, array in batch.items()}, packed)
         return batch
 
-    def batches(self, start: int, stop: int) -> "Batches":
-        """Batches start to stop - 1 in order, made ahead by worker processes (or threads). Use it in a `with`."""
-        return Batches(self, start, stop)
+    def batches(self, start: int, stop: int, rows: Sequence[int] | None = None) -> "Batches":
+        """Batches start to stop - 1 in order, or these rows of each, made ahead by worker processes (or threads).
+
+        Use it in a `with`.
+        """
+        return Batches(self, start, stop, rows)
 
     def target_bytes(self, batch: Batch, source: str = "text") -> int:
         """Bytes of UTF-8 that the weighted targets of a source stand for; the end of a text counts none."""
@@ -124,7 +129,7 @@ def build_dataset(config: DataConfig, image: ImageSpec | None, split: str) -> Da
 class Batches:
     """An iterator over batches that owns worker processes: close it, or use it in a `with`."""
 
-    def __init__(self, dataset: Dataset, start: int, stop: int):
+    def __init__(self, dataset: Dataset, start: int, stop: int, rows: Sequence[int] | None = None):
         import grain  # it imports jax, and takes a second
         from absl import flags
 
@@ -132,7 +137,7 @@ class Batches:
             flags.FLAGS.mark_as_parsed()
         config = dataset.config
         self._next, self._stop = start, stop
-        numbered = grain.MapDataset.source(_Numbered(dataset, stop)).slice(slice(start, stop))
+        numbered = grain.MapDataset.source(_Numbered(dataset, stop, rows)).slice(slice(start, stop))
         if config.workers == 0:
             iterable = numbered.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch))
         else:
@@ -203,8 +208,8 @@ def _free_shared_memory() -> None:
 class _Numbered:
     """The dataset as grain's random-access source."""
 
-    def __init__(self, dataset: Dataset, stop: int):
-        self._dataset, self._stop = dataset, stop
+    def __init__(self, dataset: Dataset, stop: int, rows: Sequence[int] | None):
+        self._dataset, self._stop, self._rows = dataset, stop, rows
 
     def __len__(self) -> int:
         return self._stop
@@ -212,7 +217,7 @@ class _Numbered:
     def __getitem__(self, index: int) -> Batch:
         if _trainer_gone.is_set():
             os._exit(1)
-        return self._dataset.batch(index)
+        return self._dataset.batch(index, self._rows)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 1 after a crash, 2 for a mistake that the user can cure."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # Taken out by hand: it is obeyed wherever it stands, also for a mistake that the parser itself finds.
-    parsed = argparse.Namespace(command=None, workdir=None, traceback="--traceback" in arguments)
+    parsed = argparse.Namespace(command=None, workdir=None, watch=None, traceback="--traceback" in arguments)
     try:
         _parse([argument for argument in arguments if argument != "--traceback"], parsed)
         parsed.run(parsed)
@@ -30,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         command = f"drover {parsed.command}" if parsed.command else "drover"
-        return failures.report(error, command, parsed.workdir, parsed.traceback)
+        status, text = failures.report(error, command, parsed.workdir, parsed.traceback)
+        if parsed.watch is None or not parsed.watch.quiet:
+            print(text, file=sys.stderr, flush=True)
+        if parsed.watch is not None:
+            parsed.watch.fail(text)
+            os._exit(status)  # jax would wait for the other processes first
+        return status
 
 
 def _parse(arguments: list[str], parsed: argparse.Namespace) -> None:

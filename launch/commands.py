@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import environment
+from launch import environment, processes
 from launch.parsing import Command
 from sharding.errors import UserError
 
@@ -45,6 +45,11 @@ def _add_train(subparsers: Any) -> tuple[str, Command]:
     train.flag(
         "--allow-config-change", action="store_true", help="go on although the run was started with another config"
     )
+    train.flag("--processes", type=int, metavar="N", help="start so many processes on this machine, one device each")
+    train.flag("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not find it out by itself")
+    train.flag("--num-processes", type=int, metavar="N", help="processes in all, started by you; with --coordinator")
+    train.flag("--process-id", type=int, metavar="I", help="number of this one, from 0; with --coordinator")
+    train.flag("--peer-timeout", metavar="SECONDS", help="end when another process is silent for so long (default: 60)")
     return "train", train
 
 
@@ -54,10 +59,25 @@ def _train(arguments: argparse.Namespace) -> None:
     run = load_run(arguments.config, arguments.overrides)
     # Kept in the arguments: a crash leaves its traceback there.
     arguments.workdir = arguments.workdir or Path("runs") / run.name
+    if arguments.processes is not None:
+        if arguments.processes < 1:
+            raise UserError(f"--processes: found {arguments.processes}, expected 1 or more")
+        sys.exit(processes.start_local(arguments.processes, processes.again(sys.argv[1:])))
     environment.prepare(arguments.traceback)
+    arguments.watch = processes.join(arguments)
     from trainer.loop import train
 
-    train(run, arguments.workdir, allow_config_change=arguments.allow_config_change)
+    try:
+        train(run, arguments.workdir, allow_config_change=arguments.allow_config_change)
+    except SystemExit:
+        _leave(arguments)
+        raise
+    _leave(arguments)
+
+
+def _leave(arguments: argparse.Namespace) -> None:
+    if arguments.watch:
+        arguments.watch.leave()
 
 
 def _add_config(subparsers: Any) -> tuple[str, Command]:

@@ -53,6 +53,15 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def keep_stdout_for_python() -> None:
+    """Sends nowhere what C++ writes to stdout: on a CPU, Gloo tells there of every group of processes that it makes."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def _quieten() -> None:
     """Keeps off the terminal what is raised as well, and so reaches the user as one message."""
     from absl.logging import get_absl_logger

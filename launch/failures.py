@@ -19,31 +19,28 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def report(error: BaseException, command: str, workdir: Path | None, show_traceback: bool) -> int:
-    """Prints what happened on stderr.
+def report(error: BaseException, command: str, workdir: Path | None, show_traceback: bool) -> tuple[int, str]:
+    """What to say on stderr of what happened, and the exit status.
 
     Args:
       error: what ended the command.
       command: `drover train`, for the beginning of the message.
       workdir: the run directory where there is one; a crash writes its traceback there.
-      show_traceback: print the traceback too.
+      show_traceback: say the traceback too.
 
     Returns:
-      The exit status: 130 after Ctrl-C, 2 for what the user can cure, 1 for anything else.
+      The exit status, 130 after Ctrl-C, 2 for what the user can cure, 1 for anything else; and the text.
     """
     if isinstance(error, KeyboardInterrupt):
-        print(f"\n{command}: interrupted", file=sys.stderr)
-        return 130
+        return 130, f"\n{command}: interrupted"
     message = cure(error, workdir)
-    if show_traceback:
-        traceback.print_exception(error)
+    lines = ["".join(traceback.format_exception(error)).rstrip()] if show_traceback else []
     if message is not None:
-        print(f"{command}: {message}", file=sys.stderr)
-        return 2
-    print(f"{command}: crashed: {traceback.format_exception_only(error)[-1].strip()}", file=sys.stderr)
+        return 2, "\n".join([*lines, f"{command}: {message}"])
+    lines.append(f"{command}: crashed: {traceback.format_exception_only(error)[-1].strip()}")
     if not show_traceback:
-        print(f"This is probably a mistake in Drover, not yours. {_keep_traceback(error, workdir)}", file=sys.stderr)
-    return 1
+        lines.append(f"This is probably a mistake in Drover, not yours. {_keep_traceback(error, workdir)}")
+    return 1, "\n".join(lines)
 
 
 def cure(error: BaseException, workdir: Path | None) -> str | None:

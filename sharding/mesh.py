@@ -41,6 +41,11 @@ class DeviceMesh:
         return list(self.mesh.devices.flat)
 
     @property
+    def local(self) -> list[Any]:
+        """Those of this process."""
+        return [device for device in self.devices if device.process_index == jax.process_index()]
+
+    @property
     def sizes(self) -> dict[str, int]:
         return dict(zip(AXES, self.mesh.devices.shape, strict=True))
 
@@ -67,6 +72,19 @@ class DeviceMesh:
             return function
         specs = [jax.tree.map(lambda sharding: sharding.spec, tree) for tree in (inputs, outputs)]
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+    def share(self, rows: int, parts: int) -> np.ndarray:
+        """The rows of a batch that this process has on its devices, in the order in which `put` takes them."""
+        indices = self.rows.addressable_devices_indices_map((rows,)).values()
+        slices = {index[0].indices(rows) for index in indices if index}
+        return np.concatenate([self.row_order(rows, parts)[slice(*found)] for found in sorted(slices)])
+
+    def put(self, share: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+        """A batch of so many rows on the devices, from this process's share of it."""
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, array, (rows, *array.shape[1:]))
+            for name, array in share.items()
+        }
 
     def row_order(self, rows: int, parts: int) -> np.ndarray:
         """The order of a batch's rows on the devices, [rows]: so that each device has its share of each of `parts`.

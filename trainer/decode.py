@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model.cache import Cache
 from sharding.errors import UserError
@@ -67,8 +68,12 @@ class Decoder:
         self._skeleton = skeleton
         # Once: weights that are still in the host's memory would be sent again for every token.
         self._weights = jax.device_put((params, router_bias))
-        self._prefill = jax.jit(self._first_token, static_argnames="length")
-        self._step = jax.jit(self._next_token, donate_argnames="cache")
+        sharding = jax.tree.leaves(self._weights)[0].sharding
+        # Of weights that are split over devices, XLA splits the work as it likes; tokens are for every process.
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+        tokens_and_cache = everywhere, None
+        self._prefill = jax.jit(self._first_token, static_argnames="length", out_shardings=tokens_and_cache)
+        self._step = jax.jit(self._next_token, donate_argnames="cache", out_shardings=tokens_and_cache)
 
     def _first_token(
         self, weights: Any, batch: dict[str, jax.Array], sampling: Sampling | None, length: int

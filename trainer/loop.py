@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data.pipeline import build_dataset
@@ -26,9 +29,10 @@ from trainer.feeder import Feeder
 from trainer.flops import flops_per_token, parameter_counts
 from trainer.initialise import abstract_state, initialise
 from trainer.memory import check_memory
-from trainer.metrics import MetricsLogger
+from trainer.metrics import Logger, MetricsLogger, NoLogger
 from trainer.objective import metrics, next_token_objective
 from trainer.placement import memory_line, place_run
+from trainer.processes import anyone_says, check_same, is_leader, leader_says
 from trainer.report import write_report
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
@@ -36,6 +40,7 @@ from trainer.sections import to_plain
 from trainer.signals import StopRequest
 from trainer.step import Skeleton, TrainState, make_eval_step, make_train_step
 
+TERMINATED = 128 + signal.SIGTERM
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
 
 
@@ -44,31 +49,35 @@ def train(run: RunConfig, workdir: Path, *, allow_config_change: bool = False) -
 
     Raises `UserError` for whatever the user can cure; `SystemExit` with 128 + signal after a signal.
     """
-    started = time.perf_counter()
+    started, leader = time.perf_counter(), is_leader()
+    configure_jax(run)
     directory = RunDirectory(workdir)
-    directory.create()
-    with directory.locked(), StopRequest().listening() as stop:
-        directory.check_config(run, allow_config_change)
+    with contextlib.ExitStack() as stack:
+        if leader:
+            directory.create()
+            stack.enter_context(directory.locked())
+            directory.check_config(run, allow_config_change)
+        stop = stack.enter_context(StopRequest(quiet=not leader).listening())
         if finished(run, directory):
             return
-        configure_jax(run)
         with Run(run, directory, stop, started) as job:
             job.loop()
             job.finish()
 
 
 def finished(run: RunConfig, directory: RunDirectory) -> bool:
-    """Whether there is nothing left to do; if so, shows the scores again."""
-    if not (directory.evaluation.exists() and directory.report.exists() and directory.facts.exists()):
+    """Whether there is nothing left to do; if so, shows the scores again. All processes have to ask."""
+    if not leader_says(directory.evaluation.exists() and directory.report.exists() and directory.facts.exists()):
         return False
     evaluation = read_json(directory.evaluation, "held-out scores")
     # Only these weights and this config: a folder whose checkpoints were deleted starts afresh.
     done = Checkpoints(directory.checkpoints).latest() if directory.checkpoints.is_dir() else None
     if not evaluation["step"] == done == run.steps or directory.differences(run):
         return False
-    console = Console(run, directory.root, read_json(directory.facts, "facts of the run"))
-    console.scores(evaluation)
-    console.message(f"{directory.root} has all its {run.steps} steps. report: {directory.report}")
+    if is_leader():
+        console = Console(run, directory.root, read_json(directory.facts, "facts of the run"))
+        console.scores(evaluation)
+        console.message(f"{directory.root} has all its {run.steps} steps. report: {directory.report}")
     return True
 
 
@@ -87,6 +96,7 @@ class Run:
     def __init__(self, run: RunConfig, directory: RunDirectory, stop: StopRequest, started: float):
         self.run, self.directory, self.stop, self.started = run, directory, stop, started
         self.saving: int | None = None
+        self.leader, self.stopping = is_leader(), False
 
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
@@ -115,15 +125,23 @@ class Run:
         stack.callback(self.checkpoints.close)
         start = self.checkpoints.latest() or 0
         # Opened before the compilation, so that the first batches are made meanwhile.
-        batches = stack.enter_context(self.dataset.batches(start, run.steps))
-        self.feeder = Feeder(batches, self._put)
+        rows = run.data.batch_size
+        self.share = mesh.share(rows, run.optimizer.accumulate)
+        batches = stack.enter_context(self.dataset.batches(start, run.steps, self.share.tolist()))
+        self.feeder = Feeder(batches, lambda share: mesh.put(share, rows))
         stack.callback(self.feeder.close)
 
         self.state, origin = initialise(
             run, skeleton, self.checkpoints, self.dataset.digest, self.dataset.tokenizer.digest
         )
-        self.directory.save(run, self.dataset.tokenizer)  # not before: nothing is changed by a start that is refused
+        check_same("config, data or tokenizer", f"{to_plain(run)} {self.dataset.digest} {start}")
+        if self.leader:  # not before: nothing is changed by a start that is refused
+            self.directory.save(run, self.dataset.tokenizer)
         self.start = start
+        self._flags = {
+            asked: mesh.put({"stop": np.full(len(mesh.local), asked, np.int32)}, len(mesh.devices))["stop"]
+            for asked in (False, True)
+        }
         objective = next_token_objective(run.objective, len(self.dataset.source_names))
         compile_start = time.perf_counter()
         self.step_fn, eval_fn = self._compiled(
@@ -131,28 +149,31 @@ class Run:
         )
         self.compile_s = time.perf_counter() - compile_start
         held_out = build_dataset(run.data, run.image_spec, "heldout")
-        self.held_out = HeldOut(held_out, eval_fn, self._put)
+        self.held_out = HeldOut(
+            held_out, eval_fn, lambda batch: mesh.put({k: a[self.share] for k, a in batch.items()}, rows)
+        )
         self.notes = list(dict.fromkeys(self.dataset.notes + held_out.notes))
 
         self.flops = flops_per_token(run.model, run.data.sequence_length)
         self.facts = self._facts(origin)
-        self.console = Console(run, self.directory.root, self.facts)
-        self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
+        shown = None if self.leader else stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115
+        self.console = Console(run, self.directory.root, self.facts, file=shown)
         stack.enter_context(self.console)
-        stack.enter_context(self.logger)
-
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A batch on the devices, each with its rows of every micro-batch."""
-        order = self.mesh.row_order(self.run.data.batch_size, self.run.optimizer.accumulate)
-        return jax.device_put({name: array[order] for name, array in batch.items()}, self.mesh.rows)
+        self.logger: Logger = NoLogger()
+        if self.leader:
+            self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
+            stack.enter_context(self.logger)
 
     def _compiled(self, train_step: Any, eval_step: Any) -> tuple[Any, Any]:
         """Both steps, before the first one runs: nothing is compiled in the middle of a run."""
         names = self.dataset.source_names
 
-        def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        def step(
+            state: TrainState, batch: dict[str, jax.Array], stop_P: jax.Array
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
             state, sums = train_step(state, batch)
-            return state, metrics(sums, names)
+            # Whether any process was asked to stop goes through the step, so that all learn it at the same one.
+            return state, metrics(sums, names) | {"stop": jnp.sum(stop_P)}
 
         example = self.dataset.batch(0)
         batch = {
@@ -161,7 +182,8 @@ class Run:
         }
         # Named, or the compiler might move what it gives back, which the next step could not take.
         outputs = jax.tree.map(lambda array: array.sharding, self.state), self.mesh.everywhere
-        compiled_step = jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(self.state, batch).compile()
+        compiled_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+        compiled_step = compiled_step.lower(self.state, batch, self._flags[False]).compile()
         weights = (self.state.params, self.state.router_bias)
         return compiled_step, jax.jit(eval_step, out_shardings=self.mesh.everywhere).lower(*weights, batch).compile()
 
@@ -194,14 +216,14 @@ class Run:
         for step in range(self.start + 1, run.steps + 1):
             batch, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
             self.stop.nothing_to_save = False
-            self.state, measured = self.step_fn(self.state, batch)
+            self.state, measured = self.step_fn(self.state, batch, self._flags[self.stop.requested.is_set()])
             if pending:
                 self._done(pending)
             pending = Pending(step, measured, waited)
             first, last = step == self.start + 1, step == run.steps
             evaluating = last or step % run.eval.every_steps == 0
             saving = last or step % run.checkpoint.every_steps == 0
-            if first or evaluating or saving or self.stop.requested.is_set():
+            if first or evaluating or saving or self.stopping:
                 self._done(pending)
                 pending = None
             self._tell_if_saved()
@@ -209,7 +231,7 @@ class Run:
                 self._announce()
             if evaluating:
                 self._evaluate(step)
-            stopping = pending is None and self.stop.requested.is_set()
+            stopping = pending is None and self.stopping
             if saving or stopping:
                 self._save(step)
             if stopping:
@@ -217,7 +239,8 @@ class Run:
 
     def _announce(self) -> None:
         self.facts["time_to_first_step_s"] = time.perf_counter() - self.started
-        write_json(self.directory.facts, self.facts)
+        if self.leader:
+            write_json(self.directory.facts, self.facts)
         self.console.banner()
         for note in self.notes:
             self.console.message(note)
@@ -227,7 +250,7 @@ class Run:
         values = jax.block_until_ready(pending.metrics)
         now = time.perf_counter()
         seconds, self.last_done = now - self.last_done, now
-        in_a_row = int(values.pop("skipped_in_a_row"))
+        in_a_row, self.stopping = int(values.pop("skipped_in_a_row")), bool(values.pop("stop"))
         if pending.step % self.run.log.every_steps == 0 or pending.step in (1, self.run.steps) or in_a_row:
             for name in self.dataset.source_names:
                 if not values[f"targets/{name}"]:  # the batch has nothing of this source
@@ -287,13 +310,14 @@ class Run:
 
     def _leave(self, step: int) -> None:
         self._wait_for_checkpoints()
-        self.console.message(f"{self.stop.signal_name}: saved step {step}. The same command goes on from there.")
-        raise SystemExit(self.stop.exit_code)
+        told = self.stop.signal_name or "another process was told to stop"
+        self.console.message(f"{told}: saved step {step}. The same command goes on from there.")
+        raise SystemExit(self.stop.exit_code or TERMINATED)
 
     def finish(self) -> None:
         """The last checkpoint on disk, held-out scores, report."""
         self._wait_for_checkpoints()
-        if self.stop.requested.is_set():
+        if anyone_says(self.stop.requested.is_set()):
             self._leave(self.run.steps)
         run, params, bias = self.run, self.state.params, self.state.router_bias
         scores = self.held_out.score(params, bias, run.eval.final_batches)
@@ -307,7 +331,8 @@ class Run:
             decoder = Decoder(Skeleton(run.model), params, bias)
             tokenizer = self.dataset.tokenizer
             evaluation |= question_scores(decoder, tokenizer, run.data, run.image_spec, run.eval.questions)
-        write_json(self.directory.evaluation, evaluation)
         self.logger.flush()
-        self.console.scores(evaluation)
-        self.console.message(f"report: {write_report(self.directory.root)}")
+        if self.leader:
+            write_json(self.directory.evaluation, evaluation)
+            self.console.scores(evaluation)
+            self.console.message(f"report: {write_report(self.directory.root)}")

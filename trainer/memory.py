@@ -17,17 +17,12 @@ def check_memory(state: TrainState, mesh: DeviceMesh) -> None:
     `state`: shapes with their shardings.
     """
     check_room(
-        tree_bytes((state, state.params)) * (_sharing(mesh) if mesh.devices[0].platform == "cpu" else 1),
+        tree_bytes((state, state.params)) * (len(mesh.local) if mesh.devices[0].platform == "cpu" else 1),
         mesh.devices[0],
         "weights, gradients and optimizer state",
         "Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller model "
         "(model.num_layers, model.num_experts).",
     )
-
-
-def _sharing(mesh: DeviceMesh) -> int:
-    """Devices of the mesh in this process, which on a CPU share one memory."""
-    return sum(device.process_index == jax.process_index() for device in mesh.devices)
 
 
 def check_room(nbytes: int, device: Any, what: str, cure: str) -> None:

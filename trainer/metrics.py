@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
@@ -31,6 +31,24 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Record = dict[str, Any]
 Observer = Callable[[Record], None]
+
+
+class Logger(Protocol):
+    """What takes records."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class NoLogger:
+    """Takes records and forgets them, for processes whose leader writes."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 class MetricsLogger:

@@ -16,7 +16,9 @@ class StopRequest:
     long as there is nothing to save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        """`quiet`: say nothing, another process does."""
+        self._quiet = quiet
         self.requested = threading.Event()
         self.nothing_to_save = True
         self.signal_name = ""
@@ -29,12 +31,14 @@ class StopRequest:
                 return
             self.signal_name, self.exit_code = signal.Signals(data[0]).name, 128 + data[0]
             if count or self.nothing_to_save:
-                print(f"\n{self.signal_name}: left at once.", file=sys.stderr, flush=True)
+                self._say(f"\n{self.signal_name}: left at once.")
                 os._exit(self.exit_code)
-            print(
-                f"\n{self.signal_name}: saving, then leaving. Once more to leave at once.", file=sys.stderr, flush=True
-            )
+            self._say(f"\n{self.signal_name}: saving, then leaving. Once more to leave at once.")
             self.requested.set()
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:

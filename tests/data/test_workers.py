@@ -149,10 +149,10 @@ class Failing(Dataset):
     def __reduce__(self):
         return type(self), (self.config, self.image, self._held_out)
 
-    def batch(self, n):
+    def batch(self, n, rows=None):
         if n == 2:
             raise self.error
-        return super().batch(n)
+        return super().batch(n, rows)
 
 
 class Crashing(Failing):
@@ -162,7 +162,7 @@ class Crashing(Failing):
 class Spying(Failing):
     """Its batches tell about the process that makes them."""
 
-    def batch(self, n):
+    def batch(self, n, rows=None):
         jax = sys.modules.get("jax")
         blocked = int(Path("/proc/self/status").read_text().split("SigBlk:\t")[1].split()[0], 16)
         backends = len(sys.modules["jax._src.xla_bridge"]._backends) if jax else 0

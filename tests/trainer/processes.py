@@ -14,14 +14,21 @@ STEPS = 40
 """Steps of the micro config here."""
 
 
-def start(workdir: Path, *arguments: str, through: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """`drover train` on the micro config, in a process of its own, started through another command if one is given."""
+def start(
+    workdir: Path,
+    *arguments: str,
+    through: tuple[str, ...] = (),
+    config: str = "tests/micro.py",
+    steps: int = STEPS,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """`drover train` in a process of its own, started through another command if one is given."""
     command = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main())", "train"]
-    command += ["--config", "tests/micro.py", "--workdir", str(workdir), f"--config.steps={STEPS}", *arguments]
+    command += ["--config", config, "--workdir", str(workdir), f"--config.steps={steps}", *arguments]
     return subprocess.Popen(
         [*through, *command],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -18,8 +18,8 @@ from trainer import inspect
 from trainer.config import RunConfig
 from trainer.flops import ParameterCounts, flops_per_token, parameter_counts
 from trainer.inspect import count_parameters, inspect_model, part_of, render
-from trainer.step import weight_shapes
 from trainer.sections import resolve
+from trainer.step import weight_shapes
 
 SMALL = ModelConfig(
     vocab_size=96,

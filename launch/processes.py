@@ -1,0 +1,199 @@
+"""Several processes for one run: how each finds the others, and how `--processes N` starts them on one machine."""
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launch import environment
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.watch import Watch
+
+COORDINATOR, COUNT, INDEX, TIMEOUT = (
+    "DROVER_COORDINATOR",
+    "DROVER_NUM_PROCESSES",
+    "DROVER_PROCESS_ID",
+    "DROVER_PEER_TIMEOUT",
+)
+LOCAL = "DROVER_LOCAL"
+"""Set in the processes that `--processes` starts."""
+DEFAULT_TIMEOUT = 60.0
+_TOKEN_BYTES, _HOST_BYTES = 16, 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process's place among all, as flags or environment variables say."""
+
+    coordinator: str
+    """HOST:PORT of process 0, as the others reach it."""
+    count: int
+    index: int
+
+
+def group_of(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Group | None:
+    """What flags say, or else environment variables; None where neither says anything.
+
+    Raises:
+        UserError: only a part is said, or a number is none.
+    """
+    named = {
+        "--coordinator": (COORDINATOR, arguments.coordinator),
+        "--num-processes": (COUNT, arguments.num_processes),
+        "--process-id": (INDEX, arguments.process_id),
+    }
+    values = {flag: environ.get(name) if given is None else str(given) for flag, (name, given) in named.items()}
+    if all(value is None for value in values.values()):
+        return None
+    missing = [f"{flag} (or {named[flag][0]})" for flag, value in values.items() if not value]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not given; expected all of {', '.join(named)}, or none of them.")
+    coordinator, *numbers = (str(value) for value in values.values())
+    try:
+        count, index = map(int, numbers)
+    except ValueError:
+        raise UserError(f"--num-processes, --process-id: found {numbers}, expected two whole numbers.") from None
+    if not 0 <= index < count:
+        raise UserError(f"--process-id: found {index}, expected 0 to {count - 1}, as there are {count} processes.")
+    if not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator: found {coordinator}, expected HOST:PORT of process 0, such as node1:4321.")
+    return Group(coordinator, count, index)
+
+
+def join(arguments: argparse.Namespace) -> "Watch | None":
+    """Finds the other processes of the run, if there are any, and watches them. Call it before jax has any device.
+
+    Places come from flags and environment variables, or else from what JAX knows of Slurm, MPI, Kubernetes and TPU pods.
+
+    Raises:
+        UserError: the others cannot be reached.
+    """
+    import jax
+
+    group, timeout = group_of(arguments, os.environ), _timeout(arguments)
+    # Signals are ours (trainer/signals.py): this service would take SIGTERM away.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        if group:
+            devices = [group.index] if os.environ.get(LOCAL) else None
+            jax.distributed.initialize(
+                group.coordinator, group.count, group.index, devices, initialization_timeout=int(5 * timeout)
+            )
+        else:
+            jax.distributed.initialize(initialization_timeout=int(5 * timeout))
+    except ValueError as error:
+        if (group is None and "must be defined" in str(error)) or "should be defined" in str(error):
+            return None  # no cluster: one process
+        raise
+    except RuntimeError as error:
+        place = f"process {group.index} of {group.count} at {group.coordinator}" if group else "this process"
+        raise UserError(
+            f"{place}: the processes of the run did not find each other within {5 * timeout:g} s "
+            f"({str(error).splitlines()[0][:200]}). See that all are started, and that the coordinator's port is open "
+            "between the hosts and free on the first."
+        ) from error
+    if jax.process_count() == 1:
+        return None
+    if not arguments.traceback:
+        environment.keep_stdout_for_python()
+    return _watch(timeout)
+
+
+def _timeout(arguments: argparse.Namespace) -> float:
+    given = os.environ.get(TIMEOUT, DEFAULT_TIMEOUT) if arguments.peer_timeout is None else arguments.peer_timeout
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 2 <= seconds < float("inf"):
+        raise UserError(f"--peer-timeout: found {given}, expected a number of seconds, 2 or more.")
+    return seconds
+
+
+def _watch(timeout: float) -> "Watch":
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from launch.watch import connect
+
+    listener, index = None, jax.process_index()
+    note = np.zeros(_TOKEN_BYTES + 2 + _HOST_BYTES, np.uint8)
+    if index == 0:
+        listener = socket.create_server(("", 0), backlog=jax.process_count())
+        host = "127.0.0.1" if os.environ.get(LOCAL) else socket.gethostname()
+        content = secrets.token_bytes(_TOKEN_BYTES) + listener.getsockname()[1].to_bytes(2, "big") + host.encode()
+        note[: len(content)] = np.frombuffer(content, np.uint8)
+    content = np.asarray(multihost_utils.broadcast_one_to_all(note)).tobytes()
+    token, port, host = content[:_TOKEN_BYTES], content[_TOKEN_BYTES : _TOKEN_BYTES + 2], content[_TOKEN_BYTES + 2 :]
+    address = host.rstrip(b"\0").decode(), int.from_bytes(port, "big")
+    quiet = index > 0 and LOCAL in os.environ
+    try:
+        return connect(index, jax.process_count(), token, address, listener, timeout, quiet)
+    except OSError as error:
+        raise UserError(
+            f"process {index}: cannot reach process 0 at {address[0]}, port {address[1]} ({error}). Processes watch each "
+            "other on a port of its own: see that hosts can reach each other by name, on any port."
+        ) from error
+
+
+def start_local(count: int, command: Sequence[str]) -> int:
+    """Runs the command in so many processes of this machine, each with one device; returns the exit status.
+
+    That of the process that ended first with another one than 0. Signals reach all of them.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    children = []
+    for index in range(count):
+        place = {COORDINATOR: coordinator, COUNT: str(count), INDEX: str(index), LOCAL: "1"}
+        children.append(subprocess.Popen(command, env=os.environ | place))
+    # Ctrl-C reaches the children by itself, as they share the terminal.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+    return _wait(children)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    from launch.watch import PEER_LOST
+
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(children):
+        pid, status = os.wait()
+        index = next(i for i, child in enumerate(children) if child.pid == pid)
+        children[index].returncode = statuses[index] = os.waitstatus_to_exitcode(status)
+        left = [child for i, child in enumerate(children) if i not in statuses]
+        if left and any(statuses.values()) and all(_stopped(child.pid) for child in left):
+            for child in left:  # the others have ended because of them
+                child.kill()
+    # The first cause, rather than that of those that ended because of it.
+    failures = [status for status in statuses.values() if status]
+    first = next((status for status in failures if status != PEER_LOST), failures[0] if failures else 0)
+    return 128 - first if first < 0 else first
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process is alive but stands still (SIGSTOP)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+def again(arguments: Sequence[str]) -> list[str]:
+    """The command that runs `drover` with these arguments, without `--processes`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--processes" and not argument.startswith("--processes="):
+            kept.append(argument)
+        skip = argument == "--processes"
+    return [sys.executable, "-m", "launch.cli", *kept]

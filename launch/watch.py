@@ -1,0 +1,158 @@
+"""Processes of one run watch each other: when one dies, fails or hangs, the others say which, and end.
+
+Otherwise they would wait for it in a collective for ever. Each process has a connection to process 0, which relays what
+it learns; a beat a second says that the other side is alive. A thread does this, so it works while jax waits or compiles.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+PEER_LOST = 3
+"""Exit status of a process that ended because another one did."""
+BEAT_SECONDS = 1.0
+_NOTE_BYTES = 4000
+
+
+class Watch:
+    """The connections of one process, and the thread that listens to them."""
+
+    def __init__(self, index: int, peers: dict[socket.socket, int], timeout: float, quiet: bool = False):
+        """`peers`: connection -> number of the process at its other end. `timeout`: seconds without a beat.
+
+        `quiet`: this process need not say what process 0 says on the same terminal.
+        """
+        self._index, self._timeout, self.quiet = index, timeout, quiet
+        self._peers, self._unread = peers, dict.fromkeys(peers, b"")
+        self._heard = dict.fromkeys(peers, time.monotonic())
+        self._names = {number: f"process {number}" for number in peers.values()}
+        self._lock, self._done = threading.Lock(), threading.Event()
+        self._selector = selectors.DefaultSelector()
+        for connection in peers:
+            connection.setblocking(False)
+            self._selector.register(connection, selectors.EVENT_READ)
+        self._send({"name": f"process {index} (pid {os.getpid()} on {socket.gethostname()})"})
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._thread.start()
+
+    def leave(self) -> None:
+        """This process has done its part and may end."""
+        self._done.set()
+        self._send({"left": True})
+        self._thread.join(timeout=5)
+
+    def fail(self, text: str) -> None:
+        """This process is about to end because of an error; the others shall too, and say so."""
+        self._done.set()
+        self._send({"failed": f"process {self._index}: {text.strip()[:_NOTE_BYTES]}"})
+        self._thread.join(timeout=5)
+
+    def _send(self, note: dict[str, Any], beside: socket.socket | None = None) -> None:
+        line = json.dumps(note).encode() + b"\n"
+        with self._lock:
+            for connection in list(self._peers):
+                if connection is not beside:
+                    with contextlib.suppress(OSError):  # full or closed: listening finds out why
+                        connection.sendall(line)
+
+    def _run(self) -> None:
+        beat = time.monotonic()
+        while not self._done.is_set():
+            for key, _ in self._selector.select(BEAT_SECONDS / 4):
+                self._read(key.fileobj)
+            now = time.monotonic()
+            if now - beat >= BEAT_SECONDS:
+                if now - beat > self._timeout / 2:  # this process stood still itself, and cannot tell who else did
+                    self._heard = dict.fromkeys(self._heard, now)
+                beat = now
+                self._send({})
+            for connection, heard in list(self._heard.items()):
+                if now - heard > self._timeout:
+                    self._lost(connection, f"has not been heard of for {self._timeout:g} s (it hangs, or is cut off)")
+
+    def _read(self, connection: Any) -> None:
+        try:
+            data = connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._lost(connection, "ended without a word (killed, or out of memory)")
+            return
+        self._heard[connection] = time.monotonic()
+        *lines, self._unread[connection] = (self._unread[connection] + data).split(b"\n")
+        for line in lines:
+            self._take(connection, json.loads(line))
+
+    def _take(self, connection: socket.socket, note: dict[str, Any]) -> None:
+        if "name" in note:
+            self._names[self._peers[connection]] = str(note["name"])
+        if "left" in note:
+            self._forget(connection)
+        if "failed" in note:
+            self._end(str(note["failed"]), beside=connection, told=self.quiet)
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        self._heard.pop(connection)
+        with self._lock:
+            self._peers.pop(connection)
+
+    def _lost(self, connection: socket.socket, how: str) -> None:
+        self._end(f"{self._names[self._peers[connection]]} {how}.", beside=connection)
+
+    def _end(self, text: str, beside: socket.socket, told: bool = False) -> None:
+        """Tells the others, then ends this process: what it is doing cannot be finished."""
+        if self._done.is_set():  # this process ends by itself
+            return
+        self._send({"failed": text}, beside)
+        if not told:
+            print(
+                f"\n{text}\nThe other processes cannot go on without it and end too. The same command goes on from the "
+                "newest checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(PEER_LOST)
+
+
+def connect(
+    index: int, count: int, token: bytes, address: tuple[str, int], listener: Any, timeout: float, quiet: bool
+) -> Watch:
+    """The watch of process `index` of `count`; process 0 listens at `address` (host, port), the others call it.
+
+    Args:
+        token: what only processes of this run know; callers without it are sent away.
+        listener: the listening socket in process 0, None in the others.
+        timeout: seconds to wait for the others here, and without a beat from then on.
+        quiet: see `Watch`.
+
+    Raises:
+        TimeoutError: not all came in time.
+    """
+    if index:
+        connection = socket.create_connection(address, timeout=timeout)
+        connection.sendall(token + index.to_bytes(4, "big"))
+        return Watch(index, {connection: 0}, timeout, quiet)
+    peers: dict[socket.socket, int] = {}
+    listener.settimeout(timeout)
+    while len(peers) < count - 1:
+        connection, _ = listener.accept()
+        connection.settimeout(timeout)
+        greeting = b""
+        while len(greeting) < len(token) + 4 and (part := connection.recv(len(token) + 4 - len(greeting))):
+            greeting += part
+        number = int.from_bytes(greeting[len(token) :], "big")
+        if greeting[: len(token)] == token and 0 < number < count:
+            peers[connection] = number
+        else:
+            connection.close()
+    listener.close()
+    return Watch(0, peers, timeout)

@@ -1,0 +1,195 @@
+"""Several real processes on one machine: one run whatever their number, and one end whichever of them dies."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.processes import Group, again, group_of
+from sharding.errors import UserError
+from tests.trainer.processes import finish, metrics, reached, start, wait_until
+
+CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
+"""A rate that does not depend on the number of steps."""
+
+
+def begin(workdir: Path, *arguments: str, steps: int = 6, **options: Any) -> subprocess.Popen[str]:
+    return start(workdir, *arguments, config="tests/nano.py", steps=steps, **options)
+
+
+def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Every number of every record, to what another order of additions may change."""
+    assert [(record["kind"], record["step"]) for record in found] == [(r["kind"], r["step"]) for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if isinstance(value, float):
+                assert math.isclose(ours[name], value, rel_tol=1e-5 if name == "grad_norm" else 1e-6), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of six steps in one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    finish(begin(workdir, *CONSTANT))
+    return [record for record in metrics(workdir) if record["kind"] == "train"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes_as_if_nothing_had_happened(
+    alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for steps, processes in ((2, 4), (4, 1), (6, 2)):
+        output = finish(begin(tmp_path, *CONSTANT, f"--processes={processes}", "--allow-config-change", steps=steps))
+        assert output.count(f"step {steps}/{steps}  train") == 1, output  # one process speaks
+        assert "Gloo" not in output
+    assert_same_run([record for record in metrics(tmp_path) if record["kind"] == "train"], alone)
+
+
+@pytest.mark.slow
+def test_processes_with_several_devices_and_a_mesh_across_them(alone: list[dict[str, Any]], tmp_path: Path) -> None:
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    mesh = ("--config.mesh.data=2", "--config.mesh.expert=2", "--processes=2")
+    output = finish(begin(tmp_path, *CONSTANT, *mesh, environment=devices))
+    assert "4 x cpu" in output and "data=2, expert=2" in output
+    assert_same_run([record for record in metrics(tmp_path) if record["kind"] == "train"], alone)
+
+
+def children(parent: int) -> dict[int, int]:
+    """Number of the process in the run -> process id."""
+    found = {}
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        found |= {int(v.partition("=")[2]): int(pid) for v in variables if v.startswith("DROVER_PROCESS_ID=")}
+    return found
+
+
+def endless(workdir: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    process = begin(
+        workdir,
+        "--processes=3",
+        "--peer-timeout=10",
+        "--config.data.batch_size=6",
+        "--config.mesh.data=3",
+        "--config.mesh.fsdp=1",
+        "--config.checkpoint.every_steps=5",
+        *arguments,
+        steps=100_000,
+        **options,
+    )
+    wait_until(lambda: reached(workdir, 8), process)
+    return process
+
+
+@pytest.mark.parametrize(("victim", "number", "words"), [
+    (1, signal.SIGKILL, "ended without a word (killed, or out of memory)"),
+    pytest.param(0, signal.SIGKILL, "ended without a word", marks=pytest.mark.slow),
+    pytest.param(2, signal.SIGSTOP, "has not been heard of for 10 s", marks=pytest.mark.slow),
+    pytest.param(0, signal.SIGSTOP, "has not been heard of for 10 s", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_when_a_process_dies_or_hangs_the_others_say_which_and_end(
+    victim: int, number: signal.Signals, words: str, tmp_path: Path
+) -> None:
+    process = endless(tmp_path)
+    pids = children(process.pid)
+    os.kill(pids[victim], number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert f"process {victim} (pid {pids[victim]} on {socket.gethostname()}) {words}" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+    saved = {entry.name for entry in (tmp_path / "checkpoints").iterdir() if entry.name.isdigit()}
+    assert saved
+    before = max(map(int, saved))
+    output = finish(begin(tmp_path, "--allow-config-change", "--config.data.batch_size=6", steps=before + 1))
+    assert f"own checkpoint, step {before}" in output
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    config = tmp_path / "broken.py"
+    config.write_text(
+        "import os\n"
+        "from data import pipeline\n"
+        "from sharding.errors import UserError\n"
+        "from tests.nano import get_config\n"
+        "batch = pipeline.Dataset.batch\n"
+        "def broken(self, n, rows=None):\n"
+        "    if os.environ.get('DROVER_PROCESS_ID') == '1' and n == 4:\n"
+        "        raise UserError('the fifth batch is broken. Mend it.')\n"
+        "    return batch(self, n, rows)\n"
+        "pipeline.Dataset.batch = broken\n"
+    )
+    output = finish(start(tmp_path / "run", "--processes=2", config=str(config), steps=6), 2)
+    assert output.count("process 1: drover train: the fifth batch is broken. Mend it.") == 1
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_at_one_step_and_saves(number: signal.Signals, tmp_path: Path) -> None:
+    process = endless(tmp_path)
+    if number == signal.SIGINT:  # as from a terminal, which sends it to all
+        for pid in children(process.pid).values():
+            os.kill(pid, number)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    (line,) = [line for line in output.splitlines() if "saved step" in line]
+    step = int(line.split("saved step ")[1].split(".")[0])
+    assert (tmp_path / "checkpoints" / str(step)).is_dir() and metrics(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["slurm", "mpirun", "flags"])
+def test_processes_that_something_else_starts_find_each_other(cluster: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    runs = []
+    for i in range(2):
+        variables: dict[str, str] = {"JAX_COORDINATOR_PORT": port}
+        flags: list[str] = []
+        if cluster == "slurm":
+            variables |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+            variables |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        elif cluster == "mpirun":
+            variables |= {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"}
+            variables |= {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)}
+        else:
+            flags = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2", f"--process-id={i}"]
+        runs.append(begin(tmp_path, *CONSTANT, *flags, steps=2, environment=variables | {"DROVER_PEER_TIMEOUT": "30"}))
+    first, second = (finish(process) for process in runs)
+    assert "2 x cpu" in first and "step 2/2  train" in first and "step 2/2" not in second
+
+
+def arguments(**given: Any) -> Namespace:
+    return Namespace(**{"coordinator": None, "num_processes": None, "process_id": None} | given)
+
+
+def test_a_place_comes_from_flags_before_variables() -> None:
+    variables = {"DROVER_COORDINATOR": "a:1", "DROVER_NUM_PROCESSES": "4", "DROVER_PROCESS_ID": "3"}
+    assert group_of(arguments(), {}) is None
+    assert group_of(arguments(), variables) == Group("a:1", 4, 3)
+    assert group_of(arguments(process_id=0, coordinator="b:2"), variables) == Group("b:2", 4, 0)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"coordinator": "a:1"}, "--num-processes (or DROVER_NUM_PROCESSES), --process-id (or DROVER_PROCESS_ID): not given"),
+    ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process-id: found 2, expected 0 to 1"),
+    ({"coordinator": "a", "num_processes": 2, "process_id": 1}, "--coordinator: found a, expected HOST:PORT"),
+    ({"coordinator": "a:1", "num_processes": "two", "process_id": 1}, "expected two whole numbers"),
+])  # fmt: skip
+def test_half_a_place_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        group_of(arguments(**given), {})
+    assert words in str(error.value)
+
+
+def test_local_processes_run_the_same_command() -> None:
+    said = ["train", "--processes", "4", "--config", "a.py", "--processes=2", "--config.steps=3"]
+    assert again(said) == [sys.executable, "-m", "launch.cli", "train", "--config", "a.py", "--config.steps=3"]

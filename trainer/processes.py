@@ -1,0 +1,49 @@
+"""Several processes that train one model: who speaks for all, and what all must agree on.
+
+Everything here returns at once where there is one process.
+"""
+
+import hashlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sharding.errors import UserError
+
+
+def is_leader() -> bool:
+    """Whether this process writes the run directory and speaks to the user; one does."""
+    return jax.process_index() == 0
+
+
+def leader_says(answer: bool) -> bool:
+    """The leader's answer, in every process. All have to ask."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+def anyone_says(answer: bool) -> bool:
+    """Whether any process says yes. All have to ask."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(np.asarray(multihost_utils.process_allgather(np.array(answer))).any())
+
+
+def check_same(what: str, value: str) -> None:
+    """Refuses to begin where processes differ in something that decides the run. All have to ask.
+
+    Raises:
+        UserError: names the processes that have another value than the first.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    everyones = np.asarray(multihost_utils.process_allgather(digest))
+    others = np.flatnonzero((everyones != everyones[0]).any(axis=1)).tolist()
+    if others:
+        raise UserError(
+            f"processes {', '.join(map(str, others))} of {len(everyones)}: found another {what} than process 0 has, "
+            "expected the same in all. Give every process the same command, files and Python."
+        )
