@@ -35,10 +35,10 @@ train: install  ## install, then the default run: minutes on a laptop
 	$(BIN)/drover train --config configs/tiny.py
 
 test: install  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 slow: install  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: install  ## style and likely mistakes
 	$(BIN)/ruff check .
