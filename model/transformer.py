@@ -19,7 +19,7 @@ from model.grouped_ffn import kernel_for
 from model.layers import constant, matrix, normal, pick, rms_norm, scan_stacked
 from model.moe import MoE, RouterStats, SwiGLU
 from model.vision import Vision, encode_used_tiles
-from sharding.place import GATHERED, Place
+from sharding.place import GATHERED_WEIGHT, Place
 
 Batch = Mapping[str, jax.Array]
 """One packed batch: `tokens`, `targets`, `loss_weights`, `segment_ids` (0 is padding), `positions`, `source_ids`, all
@@ -51,7 +51,7 @@ class Layer(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, place: Place, rngs: nnx.Rngs):
-        self.config, self.kind = config, kind
+        self.config, self.kind, self.place = config, kind, place
         self.attn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
         self.attn = Attention(config, kind, rngs)
         self.ffn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
@@ -63,14 +63,14 @@ class Layer(nnx.Module):
         """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats in a row."""
         eps = self.config.norm_eps
         attended_BSD, kept = self.attn(rms_norm(x_BSD, self.attn_norm, eps), layout, cached)
-        x_BSD = x_BSD + attended_BSD
+        x_BSD = x_BSD + self.place.joined(attended_BSD)
         normed = rms_norm(x_BSD, self.ffn_norm, eps)
         if isinstance(self.ffn, SwiGLU):
-            return x_BSD + self.ffn(normed), None, kept
+            return x_BSD + self.place.joined(self.ffn(normed)), None, kept
         real_T = layout.segment_ids_BS.reshape(-1) > 0
         first_expert = None if cached is None else cached.repeat * self.config.num_experts
         out_TD, stats = self.ffn(normed.reshape(-1, normed.shape[-1]), real_T, capture, first_expert)
-        return x_BSD + out_TD.reshape(x_BSD.shape), stats, kept
+        return x_BSD + self.place.joined(out_TD).reshape(x_BSD.shape), stats, kept
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
             )
 
     def head(self) -> jax.Array:
-        """The output head, [D, V], in the precision of the computation."""
+        """The output head, [D, V], in the precision of the computation; on a tensor axis this device's part of V."""
         tied, dtype = self.config.tie_embeddings, self.config.dtype
         weight = self.place.whole(self.embed if tied else self.lm_head, dtype)[...]
         return (weight.T if tied else weight).astype(dtype)
@@ -234,7 +234,7 @@ class Transformer(nnx.Module):
             policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             super_block = jax.checkpoint(super_block, policy=policy)
         elif self.place.axes:
-            super_block = jax.checkpoint(super_block, policy=policies.save_anything_except_these_names(GATHERED))
+            super_block = jax.checkpoint(super_block, policy=policies.save_anything_except_these_names(GATHERED_WEIGHT))
         x_BSD, (layers, stats, kept) = self._scan(super_block, embedded_BSD, weights)
         # [R, layers of a super-block, ...] -> [layers, ...]
         layers, stats = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (layers, stats))

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 Problem = tuple[str, str]
 
-AXES = ("data", "fsdp", "expert")
+ROW_AXES = ("data", "fsdp", "expert")
+"""Axes that split the rows of a batch."""
+AXES = (*ROW_AXES, "tensor")
 """Axes of the mesh, the outermost first: neighbours on the last one are nearest to each other."""
 
 REST = -1
@@ -16,7 +18,8 @@ REST = -1
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out: the product of the axes is their number. Rows of a batch are split over all of them."""
+    """How devices are laid out: the product of the axes is their number. Rows of a batch are split over data, fsdp and
+    expert together."""
 
     MAY_BE_REST: ClassVar[frozenset[str]] = frozenset(AXES)
     """Options that may be -1."""
@@ -28,6 +31,8 @@ class MeshConfig:
     the other axes leave."""
     expert: int = 1
     """Groups that the experts are split into; other weights are split over fsdp and expert together."""
+    tensor: int = 1
+    """Parts that the heads of attention, the inner width of feed-forward layers and the vocabulary are split into."""
     expert_buffer: float = 1.5
     """Rows that a device can send to each other one in a round of the expert exchange, as a multiple of what balanced
     routing sends; more of them go in further rounds, none are dropped."""

@@ -56,8 +56,13 @@ class DeviceMesh:
 
     @property
     def rows(self) -> NamedSharding:
-        """For an array whose first dim, the rows of a batch, is split over all devices."""
-        return NamedSharding(self.mesh, PartitionSpec(self.place.axes))
+        """For an array whose first dim is the rows of a batch."""
+        return NamedSharding(self.mesh, PartitionSpec(self.place.row_axes))
+
+    @property
+    def each(self) -> NamedSharding:
+        """For an array with one number for each device."""
+        return NamedSharding(self.mesh, PartitionSpec(AXES))
 
     def split(self, axes: Sequence[Axes]) -> NamedSharding:
         """For an array whose dims are split over these axes each."""
@@ -92,4 +97,4 @@ class DeviceMesh:
         A batch is cut into micro-batches first, rows i x rows / parts and on being micro-batch i on any mesh; each of
         those is then split over the devices.
         """
-        return np.arange(rows).reshape(parts, self.place.devices, -1).transpose(1, 0, 2).reshape(-1)
+        return np.arange(rows).reshape(parts, self.place.row_parts, -1).transpose(1, 0, 2).reshape(-1)

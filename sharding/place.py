@@ -1,9 +1,10 @@
 """Where a device stands in the mesh, for code that runs on all of them at once (inside `jax.shard_map`).
 
 The rule that makes gradients right: each device computes a part of the loss, and the parts add up to the whole. So what
-every device computes alike, from totals, is divided by their number; the gradient of a gathered weight is summed over the
-devices that gathered it and scattered back into parts; and `Place.summed` adds up, once a step, over the axes that a
-weight is not split over.
+several devices compute alike is divided by their number; the gradient of a gathered weight is summed over the devices that
+gathered it and scattered back into parts; and `Place.summed` adds up, once a step, over the axes that a weight is not split
+over. Along the tensor axis devices compute the same rows, each with its part of the weights: what they have in common has
+its gradient in parts there, which add up wherever `Place.joined` put the value together.
 """
 
 import functools
@@ -17,10 +18,10 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from sharding.config import AXES
-from sharding.rules import Axes
+from sharding.config import AXES, ROW_AXES
+from sharding.rules import GATHERED, Axes
 
-GATHERED = "gathered"
+GATHERED_WEIGHT = "gathered"
 """Name of gathered weights in checkpoint policies: the backward pass gathers them again rather than keep them."""
 
 Weights = TypeVar("Weights", nnx.State, nnx.Variable)
@@ -31,7 +32,7 @@ class Place:
     """The mesh as the code on a device sees it. Without sizes: one device, on which everything here does nothing."""
 
     sizes: tuple[tuple[str, int], ...] = ()
-    """(axis, size) of the axes with more than one device. They split the rows of a batch."""
+    """(axis, size) of the axes with more than one device."""
     expert_buffer: float = 1.5
     """See `MeshConfig`."""
 
@@ -46,20 +47,36 @@ class Place:
         return tuple(name for name, _ in self.sizes)
 
     @property
-    def devices(self) -> int:
-        return math.prod(size for _, size in self.sizes)
+    def row_axes(self) -> Axes:
+        """Those that split the rows of a batch."""
+        return tuple(name for name in self.axes if name in ROW_AXES)
+
+    @property
+    def row_parts(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return math.prod(map(self.size, self.row_axes))
+
+    @property
+    def copies(self) -> int:
+        """Devices that compute the same rows."""
+        return self.size("tensor")
 
     def size(self, axis: str) -> int:
         """Devices along an axis."""
         return dict(self.sizes).get(axis, 1)
 
     def total(self, tree: Any) -> Any:
-        """Every array summed over all devices."""
-        return lax.psum(tree, self.axes) if self.axes else tree
+        """Every array, of a part of the rows, summed over all of them."""
+        return lax.psum(tree, self.row_axes) if self.row_axes else tree
 
-    def largest(self, number: jax.Array) -> jax.Array:
-        """The largest of all devices'."""
-        return lax.pmax(number, self.axes) if self.axes else number
+    def joined(self, partial: Any) -> Any:
+        """What devices of the tensor axis computed with their parts of the weights, put together."""
+        return lax.psum(partial, "tensor") if self.copies > 1 else partial
+
+    def largest(self, numbers: jax.Array, axis: str | None = None) -> jax.Array:
+        """The largest of all devices', or of those along an axis."""
+        axes = tuple(name for name in self.axes if axis in (None, name))
+        return lax.pmax(numbers, axes) if axes else numbers
 
     def summed(self, gradient: nnx.Variable) -> nnx.Variable:
         """The gradient of a weight, summed over the axes that it is not split over."""
@@ -80,18 +97,28 @@ class Place:
     def rows(self, table: nnx.Variable, index: jax.Array, dtype: str) -> jax.Array:
         """Rows of a table [V, D] by their indices, [...] -> [..., D].
 
-        Where the table is split along D, its parts stay: each device looks up what the others ask for, in its part.
+        The parts of the table stay where they are: each device looks up what the others ask for, in its part.
         """
         part, split = table.get_value(), _gathers(table)
-        if not split:
-            return part[index].astype(dtype)
-        ((_, axes),) = split
-        asked = lax.all_gather(index, axes)
-        return lax.all_to_all(part[asked].astype(dtype), axes, 0, asked.ndim, tiled=True)[0]
+        axes = split[0][1] if split else ()
+        asked = lax.all_gather(index, axes) if axes else index
+        found = self._looked_up(part, asked).astype(dtype)
+        return lax.all_to_all(found, axes, 0, asked.ndim, tiled=True)[0] if axes else found
+
+    def _looked_up(self, part: jax.Array, index: jax.Array) -> jax.Array:
+        if self.copies == 1:
+            return part[index]
+        within = index - self.first("tensor", part.shape[0])
+        mine = (within >= 0) & (within < part.shape[0])
+        return self.joined(jnp.where(mine[..., None], part[jnp.where(mine, within, 0)], 0))
+
+    def first(self, axis: str, size: int) -> jax.Array | int:
+        """Where this device's part of a dim begins, of parts of this size along an axis."""
+        return lax.axis_index(axis) * size if self.size(axis) > 1 else 0
 
 
 def _gathers(weight: nnx.Variable) -> tuple[tuple[int, Axes], ...]:
-    """(dim, axes) of the dims that are split and have to be gathered: all but the experts'.
+    """(dim, axes) of the dims that are split and have to be gathered.
 
     How the weight is split is noted for all of its dims; inside a scan over stacked layers it lacks the first.
     """
@@ -103,7 +130,7 @@ def _gathers(weight: nnx.Variable) -> tuple[tuple[int, Axes], ...]:
     return tuple(
         (i - scanned, axes)
         for i, (name, axes) in enumerate(zip(names, note["split"], strict=True))
-        if axes and name != "experts"
+        if axes and name in GATHERED
     )
 
 
@@ -112,7 +139,7 @@ def _whole(weight: nnx.Variable, dtype: str | None) -> nnx.Variable:
     if not split:
         return weight
     narrow = dtype and not weight.get_metadata().get("exact") and jnp.dtype(dtype).itemsize < part.dtype.itemsize
-    return weight.replace(checkpoint_name(_gather(part, split, dtype if narrow else part.dtype), GATHERED))
+    return weight.replace(checkpoint_name(_gather(part, split, dtype if narrow else part.dtype), GATHERED_WEIGHT))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

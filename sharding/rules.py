@@ -10,6 +10,8 @@ Dims = tuple[str, ...]
 """Names of an array's last dims; "-" for one that is never split. Dims before them, of stacked layers, are whole."""
 Axes = tuple[str, ...]
 
+GATHERED = ("width", "vision_width", "adapter", "expert_width")
+"""Dims whose parts are gathered where they are used."""
 AS_FAR_AS_THEY_DIVIDE = ("vision_width", "adapter")
 """Dims of the vision encoder, whose sizes have few factors: axes that do not divide them are left out."""
 
@@ -28,6 +30,16 @@ class Rules:
     """Number of experts, in their weights. Never gathered: tokens go to the experts."""
     expert_width: Axes = ("fsdp",)
     """Of the model, in the experts' weights."""
+    heads: Axes = ("tensor",)
+    """Query heads. This one and those below are never gathered: each device computes with its part."""
+    kv_heads: Axes = ("tensor",)
+    """Heads of keys and values."""
+    ffn: Axes = ("tensor",)
+    """Inner width of the dense and the shared feed-forward layers."""
+    expert_ffn: Axes = ("tensor",)
+    """Inner width of the experts."""
+    vocab: Axes = ("tensor",)
+    """Tokens of the vocabulary."""
 
     def axes(self, name: str, size: int, mesh: Mapping[str, int]) -> Axes:
         """The axes that split a dim of this name and size; those of size 1 are left out.

@@ -139,7 +139,7 @@ class Run:
             self.directory.save(run, self.dataset.tokenizer)
         self.start = start
         self._flags = {
-            asked: mesh.put({"stop": np.full(len(mesh.local), asked, np.int32)}, len(mesh.devices))["stop"]
+            asked: jax.make_array_from_process_local_data(mesh.each, np.full(len(mesh.local), asked, np.int32))
             for asked in (False, True)
         }
         objective = next_token_objective(run.objective, len(self.dataset.source_names))

@@ -26,7 +26,7 @@ class Extras:
     weight_total: jax.Array
     """Sum of the loss weights over the whole batch of the step, all micro-batches and devices."""
     shares: int = dataclasses.field(metadata={"static": True})
-    """Micro-batches of the step times devices: what is computed from the totals of a micro-batch counts so many times."""
+    """Micro-batches of the step times parts of their rows: what comes from a micro-batch's totals counts so many times."""
 
 
 Objective = Callable[[Transformer, Batch, Extras], tuple[jax.Array, Sums]]
@@ -67,7 +67,7 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
     def objective(model: Transformer, batch: Batch, extras: Extras) -> tuple[jax.Array, Sums]:
         output = model(batch)
         hidden_TD = output.hidden_BSD.reshape(-1, output.hidden_BSD.shape[-1])
-        losses_T = token_losses(hidden_TD, model.head(), batch["targets"].reshape(-1), config.block_tokens)
+        losses_T = token_losses(hidden_TD, model.head(), batch["targets"].reshape(-1), config.block_tokens, model.place)
         weights_T = batch["loss_weights"].reshape(-1).astype(losses_T.dtype)
         weighted_T = losses_T * weights_T
         sources_T = batch["source_ids"].reshape(-1)

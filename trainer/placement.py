@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from rich.filesize import decimal
 
-from sharding.config import AXES, REST, distance, meshes, written
+from sharding.config import AXES, REST, ROW_AXES, distance, meshes, written
 from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
 from trainer.config import RunConfig
@@ -40,17 +40,18 @@ def place_run(run: RunConfig, devices: Sequence[Any]) -> DeviceMesh:
 
 def mesh_problems(run: RunConfig, sizes: dict[str, int]) -> list[str]:
     """What in the run a mesh does not divide."""
-    everything = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    model, tensor = run.model, sizes["tensor"]
     micro_batch = run.data.batch_size // run.optimizer.accumulate
-    parts = "optimizer.accumulate micro-batches of data.batch_size"
-    experts = any(kind.moe for kind in run.model.layer_kinds())
-    checks = [
-        (micro_batch, everything, f"the {micro_batch} rows of each of the {parts}={run.data.batch_size}", "devices"),
-        (run.model.hidden_size, sizes["fsdp"] * sizes["expert"], f"model.hidden_size={run.model.hidden_size}", "parts"),
-    ]
-    if experts:
-        checks.append((run.model.num_experts, sizes["expert"], f"model.num_experts={run.model.num_experts}", "groups"))
-    found = [f"{what} cannot be split into {by} equal {unit}" for size, by, what, unit in checks if size % by]
+    rows = f"the {micro_batch} rows of each of the optimizer.accumulate micro-batches of data.batch_size"
+    kinds = [kind.moe for kind in model.layer_kinds()]
+    experts = any(kinds)
+    splits = {"hidden_size": sizes["fsdp"] * sizes["expert"]}
+    splits |= dict.fromkeys(("num_heads", "num_kv_heads", "vocab_size"), tensor)
+    splits |= {"num_experts": sizes["expert"], "expert_ffn_size": tensor} if experts else {}
+    splits |= {} if all(kinds) else {"dense_ffn_size": tensor}
+    checks = [(micro_batch, math.prod(sizes[name] for name in ROW_AXES), f"{rows}={run.data.batch_size}")]
+    checks += [(getattr(model, name), by, f"model.{name}={getattr(model, name)}") for name, by in splits.items()]
+    found = [f"{what} cannot be split into {by} equal parts" for size, by, what in checks if size % by]
     if not experts and sizes["expert"] > 1:
         found.append("the model has no experts to split, use fsdp")
     return found
@@ -64,7 +65,7 @@ def _cures(run: RunConfig, devices: int, wanted: dict[str, int]) -> str:
         nearest = "; ".join(written(sizes) for sizes in fitting[:SUGGESTED])
         return f"Meshes of {devices} devices that fit this run, the nearest first: {nearest}."
     micro_batches = run.optimizer.accumulate
-    rows = -(-run.data.batch_size // (devices * micro_batches)) * devices * micro_batches
+    rows = math.lcm(run.data.batch_size, devices * micro_batches)
     return (
         f"No mesh of {devices} devices fits this run: their number must divide the rows of a micro-batch. Take "
         f"data.batch_size={rows}, or fewer devices (CUDA_VISIBLE_DEVICES on GPUs)."

@@ -151,7 +151,7 @@ def loss_and_gradient(
         inputs=(skeleton.shardings, everywhere, rows, everywhere),
         outputs=(everywhere, everywhere, skeleton.shardings),
     )
-    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.devices))
+    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.row_parts))
 
 
 def _accumulated(
@@ -165,12 +165,13 @@ def _accumulated(
 ) -> tuple[jax.Array, Sums, Params]:
     """What one device adds to the loss, the sums and the gradient."""
 
-    def loss(params: Params, part: Batch, extras: Extras) -> tuple[jax.Array, Sums]:
-        return objective(skeleton.model(params, router_bias), part, extras)
+    def loss(params: Params, part: Batch, extras: Extras) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
+        whole, sums = objective(skeleton.model(params, router_bias), part, extras)
+        return whole / skeleton.mesh.place.copies, (whole, sums)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
-        (total, sums), gradient = value_and_grad(params, batch, extras)
+        (_, (total, sums)), gradient = value_and_grad(params, batch, extras)
         return total, sums, gradient
 
     def add_part(carry, part):
@@ -179,7 +180,7 @@ def _accumulated(
     parts = split_batch(batch, micro_batches)
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda array: array[0], parts), extras)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    ((total, sums), gradient), _ = jax.lax.scan(add_part, zeros, parts)
+    ((_, (total, sums)), gradient), _ = jax.lax.scan(add_part, zeros, parts)
     return total, sums, gradient
 
 
@@ -255,6 +256,6 @@ def make_eval_step(skeleton: Skeleton, objective: Objective) -> Callable[[Params
     )
 
     def eval_step(params: Params, router_bias: Params, batch: Batch) -> Sums:
-        return step(params, router_bias, batch, extras_for(batch, mesh.place.devices))
+        return step(params, router_bias, batch, extras_for(batch, mesh.place.row_parts))
 
     return eval_step

@@ -44,7 +44,16 @@ DEVICES, ROWS, STEPS, SEED = 8, 16, 10, 3
 FLOAT64, LOSS, GRADIENT, WEIGHTS = 1e-10, 1e-5, 1e-4, 1e-4
 """What may differ; see above."""
 
-WIDE = dataclasses.replace(TINY, hidden_size=16, num_experts=8)
+WIDE = dataclasses.replace(
+    TINY,
+    hidden_size=16,
+    num_experts=8,
+    num_heads=16,
+    num_kv_heads=8,
+    dense_ffn_size=16,
+    expert_ffn_size=8,
+    vocab_size=24,
+)
 """Of sizes that 8 devices can split."""
 
 CASES: dict[str, tuple[ModelConfig, int]] = {

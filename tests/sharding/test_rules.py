@@ -5,13 +5,17 @@ import pytest
 from sharding.errors import UserError
 from sharding.rules import Rules
 
-MESH = {"data": 2, "fsdp": 4, "expert": 2}
+MESH = {"data": 2, "fsdp": 4, "expert": 2, "tensor": 2}
 
 
 def test_dims_are_split_by_name_and_leading_ones_are_whole() -> None:
     rules = Rules()
-    assert rules.split(("width", "heads", "head"), (3, 16, 4, 6), MESH) == ((), ("fsdp", "expert"), (), ())
-    assert rules.split(("experts", "expert_width", "expert_ffn"), (8, 16, 6), MESH) == (("expert",), ("fsdp",), ())
+    assert rules.split(("width", "heads", "head"), (3, 16, 4, 6), MESH) == ((), ("fsdp", "expert"), ("tensor",), ())
+    assert rules.split(("experts", "expert_width", "expert_ffn"), (8, 16, 6), MESH) == (
+        ("expert",),
+        ("fsdp",),
+        ("tensor",),
+    )
     assert rules.split((), (16,), MESH) == ((),)
     assert rules.split(("width",), (16,), {"data": 8, "fsdp": 1, "expert": 1}) == ((),)
 

@@ -28,25 +28,32 @@ def placed(run: RunConfig, devices: int = 8) -> dict[str, int]:
 
 
 def test_an_axis_takes_the_devices_that_the_others_leave() -> None:
-    assert placed(run_on()) == {"data": 1, "fsdp": 8, "expert": 1}
-    assert placed(run_on(data=2, expert=2)) == {"data": 2, "fsdp": 2, "expert": 2}
-    assert placed(run_on(data=-1, fsdp=4)) == {"data": 2, "fsdp": 4, "expert": 1}
-    assert placed(run_on(), devices=1) == {"data": 1, "fsdp": 1, "expert": 1}
+    assert placed(run_on()) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert placed(run_on(data=2, expert=2)) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert placed(run_on(data=-1, fsdp=4)) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+    assert placed(run_on(tensor=4)) == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 4}
+    assert placed(run_on(), devices=1) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+
+
+SEVEN_HEADS = dataclasses.replace(WIDE, num_heads=7, num_kv_heads=7)
 
 
 @pytest.mark.parametrize(("run", "words"), [
-    (run_on(data=3), "found data=3, fsdp=-1, expert=1, whose product does not make the 8 devices here. Meshes of 8 devices "
-     "that fit this run, the nearest first: data=4, fsdp=2"),
-    (run_on(fsdp=4), "found data=1, fsdp=4, expert=1, whose product does not make the 8 devices here"),
+    (run_on(data=3), "found data=3, fsdp=-1, expert=1, tensor=1, whose product does not make the 8 devices here. Meshes of "
+     "8 devices that fit this run, the nearest first: data=4, fsdp=2"),
+    (run_on(fsdp=4), "found data=1, fsdp=4, expert=1, tensor=1, whose product does not make the 8 devices here"),
     (run_on(dataclasses.replace(WIDE, num_experts=6), expert=4),
-     "found fsdp=2, expert=4: model.num_experts=6 cannot be split into 4 equal groups. Meshes of 8 devices that fit this "
-     "run, the nearest first: fsdp=4, expert=2;"),
+     "found fsdp=2, expert=4: model.num_experts=6 cannot be split into 4 equal parts. Meshes of 8 devices that fit this "
+     "run, the nearest first: "),
     (run_on(dataclasses.replace(WIDE, hidden_size=12)), "model.hidden_size=12 cannot be split into 8 equal parts. Meshes of "
-     "8 devices that fit this run, the nearest first: data=2, fsdp=4;"),
+     "8 devices that fit this run, the nearest first: fsdp=4, tensor=2; data=2, fsdp=4;"),
     (run_on(dataclasses.replace(WIDE, moe_layer_step=0), expert=2), "the model has no experts to split, use fsdp"),
-    (run_on(rows=16, parts=4), "the 4 rows of each of the optimizer.accumulate micro-batches of data.batch_size=16 cannot be "
-     "split into 8 equal devices. No mesh of 8 devices fits this run: their number must divide the rows of a micro-batch. "
-     "Take data.batch_size=32"),
+    (run_on(SEVEN_HEADS, tensor=2), "model.num_heads=7 cannot be split into 2 equal parts; model.num_kv_heads=7 cannot be "
+     "split into 2 equal parts. Meshes of 8 devices that fit this run, the nearest first: fsdp=4, expert=2; fsdp=8;"),
+    (run_on(dataclasses.replace(WIDE, vocab_size=23), tensor=2), "found fsdp=4, tensor=2: model.vocab_size=23 cannot be"),
+    (run_on(SEVEN_HEADS, rows=4), "the 4 rows of each of the optimizer.accumulate micro-batches of data.batch_size=4 cannot "
+     "be split into 8 equal parts. No mesh of 8 devices fits this run: their number must divide the rows of a micro-batch. "
+     "Take data.batch_size=8"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(run: RunConfig, words: str) -> None:
     with pytest.raises(UserError) as error:
