@@ -164,6 +164,9 @@ class ModelConfig:
     """Scan over super-blocks, so that compile time does not grow with depth. The weights are stacked either way."""
     expert_kernel: Literal["auto", "blocks", "ragged_dot", "tokamax"] = "auto"
     """Grouped matrix product of the experts; auto takes blocks on CPU, tokamax on GPU, ragged_dot on TPU."""
+    capacity_factor: float = 0.0
+    """Most tokens that an expert takes of a packed row, as a multiple of what balanced routing gives it; those that come
+    later in the row skip it and are counted. 0 for no limit: no token is dropped. Decoding never drops any."""
     router_bias_rate: float = 0.0
     """Step of the aux-loss-free router bias (arXiv 2408.15664), moved against an expert's excess load; 0 for no bias."""
 

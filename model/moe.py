@@ -4,6 +4,7 @@ Letters: T tokens, D width, F ffn width, E experts, A assignments = T x top-k, s
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -62,18 +63,23 @@ class RouterStats:
     """Sum over tokens of logsumexp(router logits)^2."""
     tokens: jax.Array
     """Number of tokens."""
+    dropped: jax.Array
+    """Assignments that were dropped for want of capacity; they are in `assignments_E`, as the router chose them."""
     logits_TE: jax.Array | None = None
     """Raw router logits, kept only when the forward pass is asked to capture them."""
 
 
-def router_stats(logits_TE: jax.Array, choice_TK: jax.Array, real_T: jax.Array) -> RouterStats:
-    """Statistics for the balance terms; `choice_TK` the experts chosen, `real_T` false at padding."""
+def router_stats(logits_TE: jax.Array, choice_TK: jax.Array, real_T: jax.Array, kept_TK: jax.Array) -> RouterStats:
+    """Statistics for the balance terms: `choice_TK` the experts chosen, `kept_TK` those that had room for the token (E where
+    not), `real_T` false at padding.
+    """
     E = logits_TE.shape[1]
     weight_T = real_T.astype(logits_TE.dtype)
     counts_E = jnp.sum(jax.nn.one_hot(choice_TK, E, dtype=logits_TE.dtype) * weight_T[:, None, None], axis=(0, 1))
     probability_E = jnp.sum(jax.nn.softmax(logits_TE, axis=-1) * weight_T[:, None], axis=0)
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1)) * weight_T)
-    return RouterStats(jax.lax.stop_gradient(counts_E), probability_E, z, jnp.sum(weight_T))
+    dropped = jnp.sum(choice_TK != kept_TK).astype(logits_TE.dtype)
+    return RouterStats(jax.lax.stop_gradient(counts_E), probability_E, z, jnp.sum(weight_T), dropped)
 
 
 # Dispatch copies token rows into expert order, combine sums them back. Each is the other's transpose, and both are
@@ -115,8 +121,24 @@ def route(logits_TE: jax.Array, top_k: int, real_T: jax.Array, bias_E: jax.Array
     return jnp.where(real_T[:, None], choice_TK, E), score_TK
 
 
+def within_capacity(choice_TK: jax.Array, rows: int, experts: int, capacity: int) -> jax.Array:
+    """The choices, but E where the expert has `capacity` tokens of the row already, earlier ones coming first.
+
+    By the row (a group of arXiv 2006.16668), so that what is dropped does not depend on what else is in the batch, nor on
+    the mesh.
+    """
+    choice_BA = choice_TK.reshape(rows, -1)
+    order_BA = jnp.argsort(choice_BA, axis=1, stable=True)
+    sorted_BA = jnp.take_along_axis(choice_BA, order_BA, axis=1)
+    first_BA = jax.vmap(lambda row: jnp.searchsorted(row, row, side="left"))(sorted_BA)
+    rank_BA = jnp.arange(choice_BA.shape[1]) - first_BA
+    back_BA = jnp.argsort(order_BA, axis=1)
+    kept_BA = jnp.take_along_axis(jnp.where(rank_BA < capacity, sorted_BA, experts), back_BA, axis=1)
+    return kept_BA.reshape(choice_TK.shape)
+
+
 class MoE(nnx.Module):
-    """shared(x) + sum over the top-k experts e of expert_e(sigmoid(router(x)_e) x). Dropless.
+    """shared(x) + sum over the top-k experts e of expert_e(sigmoid(router(x)_e) x). Dropless without a capacity factor.
 
     The score multiplies the expert's input: since SwiGLU is not linear, that is not a weight on its output.
     """
@@ -131,19 +153,30 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(config, config.expert_ffn_size, rngs)
 
     def __call__(
-        self, x_TD: jax.Array, real_T: jax.Array, capture: bool = False, first_expert: jax.Array | None = None
+        self,
+        x_TD: jax.Array,
+        real_T: jax.Array,
+        rows: int | None = None,
+        capture: bool = False,
+        first_expert: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        """Output and statistics. Where the experts' weights are of several layers, `first_expert` is where this layer's
-        begin; no token is padding then.
+        """Output and statistics. `rows`: of the batch that the tokens are of, for the experts' capacity; without, there is
+        no limit. Where the experts' weights are of several layers, `first_expert` is where this layer's begin; no token is
+        padding then.
         """
         config = self.config
         wide = at_least_float32(x_TD)
         logits_TE = wide @ self.router[...].astype(wide.dtype)
         bias_E = self.router_bias[...] if config.router_bias_rate else None
         choice_TK, score_TK = route(logits_TE, config.experts_per_token, real_T, bias_E)
-        expert_TK = choice_TK if first_expert is None else choice_TK + first_expert
+        kept_TK = choice_TK
+        if config.capacity_factor and rows:
+            balanced = choice_TK.size // rows / config.num_experts
+            capacity = math.ceil(config.capacity_factor * balanced)
+            kept_TK = within_capacity(choice_TK, rows, config.num_experts, capacity)
+        expert_TK = kept_TK if first_expert is None else kept_TK + first_expert
         routed_TD = self.routed(x_TD, expert_TK, score_TK.astype(x_TD.dtype))
-        stats = router_stats(logits_TE, choice_TK, real_T)
+        stats = router_stats(logits_TE, choice_TK, real_T, kept_TK)
         if capture:
             stats = dataclasses.replace(stats, logits_TE=logits_TE)
         return self.shared(x_TD) + routed_TD, stats

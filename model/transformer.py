@@ -58,9 +58,16 @@ class Layer(nnx.Module):
         self.ffn = MoE(config, place, rngs) if kind.moe else SwiGLU(config, config.dense_ffn_size, rngs)
 
     def __call__(
-        self, x_BSD: jax.Array, layout: Layout, capture: bool = False, cached: Cached | None = None
+        self,
+        x_BSD: jax.Array,
+        layout: Layout,
+        capture: bool = False,
+        cached: Cached | None = None,
+        dropless: bool = False,
     ) -> tuple[jax.Array, RouterStats | None, KeysValues]:
-        """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats in a row."""
+        """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats in a row, and no
+        capacity limits them; `dropless` says the latter of a whole row.
+        """
         eps = self.config.norm_eps
         attended_BSD, kept = self.attn(rms_norm(x_BSD, self.attn_norm, eps), layout, cached)
         x_BSD = x_BSD + self.place.joined(attended_BSD)
@@ -69,7 +76,13 @@ class Layer(nnx.Module):
             return x_BSD + self.place.joined(self.ffn(normed)), None, kept
         real_T = layout.segment_ids_BS.reshape(-1) > 0
         first_expert = None if cached is None else cached.repeat * self.config.num_experts
-        out_TD, stats = self.ffn(normed.reshape(-1, normed.shape[-1]), real_T, capture, first_expert)
+        out_TD, stats = self.ffn(
+            normed.reshape(-1, normed.shape[-1]),
+            real_T,
+            None if dropless or cached else x_BSD.shape[0],
+            capture,
+            first_expert,
+        )
         return x_BSD + self.place.joined(out_TD).reshape(x_BSD.shape), stats, kept
 
 
@@ -223,7 +236,7 @@ class Transformer(nnx.Module):
         def super_block(x_BSD, weights):
             outputs, stats, kept = [], [], []
             for layer in nnx.merge(graph, self.place.whole(weights, config.dtype)):
-                x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture)
+                x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture, dropless=keep is not None)
                 outputs += [x_BSD] if capture else []
                 stats += [layer_stats] if layer_stats else []
                 kept += [keep(layer.kind, tokens)] if keep else []

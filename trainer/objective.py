@@ -84,6 +84,8 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
             sums["load_balance"] = load_balance(everywhere, model.config.experts_per_token) / extras.shares
             sums["router_z"] = router_z(everywhere) / extras.shares
             sums["assignments"] = output.router.assignments_E
+            if model.config.capacity_factor:
+                sums["dropped"] = output.router.dropped
             loss += config.load_balance_coef * sums["load_balance"] + config.router_z_coef * sums["router_z"]
         return loss, jax.lax.stop_gradient(sums)
 
@@ -94,9 +96,10 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     """What is logged of a step: losses, means by source, auxiliary terms, the experts' load.
 
     `targets/<source>` is the weight of its targets; without any, its loss is NaN. `experts/load` [L, E] are shares of
-    the layer's assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer.
+    the layer's assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer. With a capacity
+    factor, `experts/dropped` [L] counts the assignments that found no room.
     """
-    named = {"source_loss", "source_weight", "load_balance", "router_z", "assignments"}
+    named = {"source_loss", "source_weight", "load_balance", "router_z", "assignments", "dropped"}
     logged = {name: value for name, value in sums.items() if name not in named}
     mean_N = sums["source_loss"] / sums["source_weight"]
     for i, name in enumerate(source_names):
@@ -109,4 +112,6 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
             "experts/load": load_LE,
             "experts/imbalance": jnp.max(load_LE) * load_LE.shape[1],
         }
+    if "dropped" in sums:
+        logged["experts/dropped"] = sums["dropped"]
     return logged

@@ -229,7 +229,9 @@ def bias_ignored(patch: Patch) -> None:
 
 def padding_counted_in_the_balance(patch: Patch) -> None:
     original = moe.router_stats
-    patch.setattr(moe, "router_stats", lambda logits, choice, real: original(logits, choice, jnp.ones_like(real)))
+    patch.setattr(
+        moe, "router_stats", lambda logits, choice, real, kept: original(logits, choice, jnp.ones_like(real), kept)
+    )
 
 
 def tokens_over_capacity_dropped(patch: Patch) -> None:

@@ -69,7 +69,9 @@ CASES: dict[str, tuple[ModelConfig, int]] = {
         2,
     ),
     "experts in turn, tied": (
-        dataclasses.replace(WIDE, moe_layer_step=2, nope_layer_step=4, tie_embeddings=True, remat="none"),
+        dataclasses.replace(
+            WIDE, moe_layer_step=2, nope_layer_step=4, tie_embeddings=True, remat="none", capacity_factor=1.0
+        ),
         1,
     ),
 }

@@ -21,6 +21,7 @@ _OURS = (
     "remat",
     "scan_layers",
     "expert_kernel",
+    "capacity_factor",
     "router_bias_rate",
     "init_std",
     "temperature_from",
