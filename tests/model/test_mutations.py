@@ -311,15 +311,15 @@ mean_of_each_micro_batch = objective_sees(
     lambda batch, extras: (batch, dataclasses.replace(extras, weight_total=2 * jnp.sum(batch["loss_weights"])))
 )
 balance_summed_over_micro_batches = objective_sees(
-    lambda batch, extras: (batch, dataclasses.replace(extras, micro_batches=1))
+    lambda batch, extras: (batch, dataclasses.replace(extras, shares=1))
 )
 
 
 def loss_over_tokens_instead_of_weights(patch: Patch) -> None:
     original = step.extras_for
 
-    def extras(batch: Any, micro_batches: int) -> Any:
-        return dataclasses.replace(original(batch, micro_batches), weight_total=jnp.sum(batch["loss_weights"] > 0))
+    def extras(batch: Any, shares: int) -> Any:
+        return dataclasses.replace(original(batch, shares), weight_total=jnp.sum(batch["loss_weights"] > 0))
 
     patch.setattr(step, "extras_for", extras)
 
