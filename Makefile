@@ -1,8 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help install train test slow lint types goldens lock clean
+.PHONY: help install train test slow collectives lint types goldens lock clean
 
 BIN := .venv/bin
 STAMP := .venv/installed
+LIBTPU := .venv/libtpu
+LIBTPU_VERSION := libtpu==0.0.42.1
 
 help:  ## show this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -39,6 +41,13 @@ test: install  ## the tests, but for the slow ones
 
 slow: install  ## the slow tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+collectives: $(LIBTPU)  ## what the TPU compiler makes of a step on a mesh, against the table kept; no TPU needed
+	PYTHONPATH=$(LIBTPU) $(BIN)/python -m tests.sharding.collectives --check tests/sharding/collectives.txt
+
+# Beside the other packages: where jax finds libtpu, it looks for TPUs.
+$(LIBTPU): install
+	@[ -d $@ ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LIBTPU_VERSION)
 
 lint: install  ## style and likely mistakes
 	$(BIN)/ruff check .

@@ -310,9 +310,7 @@ targets_not_shifted = objective_sees(lambda batch, extras: (batch | {"targets": 
 mean_of_each_micro_batch = objective_sees(
     lambda batch, extras: (batch, dataclasses.replace(extras, weight_total=2 * jnp.sum(batch["loss_weights"])))
 )
-balance_summed_over_micro_batches = objective_sees(
-    lambda batch, extras: (batch, dataclasses.replace(extras, shares=1))
-)
+balance_summed_over_micro_batches = objective_sees(lambda batch, extras: (batch, dataclasses.replace(extras, shares=1)))
 
 
 def loss_over_tokens_instead_of_weights(patch: Patch) -> None:

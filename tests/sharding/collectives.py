@@ -1,0 +1,184 @@
+"""What the TPU compiler makes of the shipped training step on a mesh: which collectives, how many, of how many bytes.
+
+    python -m tests.sharding.collectives [--topology v5p:2x2x2] [--check FILE | --write FILE]
+
+No TPU is needed: libtpu compiles for a topology that it is told (`make collectives` installs it beside .venv's packages).
+Each line is a mesh of 8 chips, TPU v5e unless another topology is asked for, and a kind of collective: instructions in the
+program, and the bytes of their results on one chip, those in a loop counted once. With --check, another table than the
+file's is an error: a change of sharding shows here, and not on a pod.
+"""
+
+import argparse
+import collections
+import contextlib
+import difflib
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TF_CPP_MIN_LOG_LEVEL": "1",
+}
+MESHES = (
+    {"data": 8},
+    {"fsdp": 8},
+    {"fsdp": 2, "expert": 4},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+)
+ROWS, LENGTH = 8, 256
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8, "s64": 8}
+REMATERIALISED = "Involuntary full rematerialization"
+"""XLA's warning that it gathers an array whole to change its sharding."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x4", help="of 8 chips, as libtpu names it (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", type=Path, metavar="FILE", help="compare with this table")
+    what.add_argument("--write", type=Path, metavar="FILE", help="write the table here")
+    options = parser.parse_args()
+    os.environ |= ENVIRONMENT
+    lines, warned = [], False
+    for sizes in MESHES:
+        log, program = compiled(sizes, options.topology)
+        warned |= REMATERIALISED in log
+        lines += [*rows(sizes, program), ""]
+        print("\n".join(lines[-len(rows(sizes, program)) - 1 :]), flush=True)
+    if warned:
+        print(f"the compiler warned: {REMATERIALISED}", file=sys.stderr)
+        return 1
+    table = "\n".join(lines)
+    if options.write:
+        options.write.write_text(table)
+    if options.check and options.check.read_text() != table:
+        expected = options.check.read_text().splitlines()
+        print("\n".join(difflib.unified_diff(expected, table.splitlines(), str(options.check), "found", lineterm="")))
+        return 1
+    return 0
+
+
+def compiled(sizes: dict[str, int], topology_name: str) -> tuple[str, str]:
+    """What the compiler logged, and the program of a training step on a mesh of these sizes."""
+    import jax
+    from jax.experimental import topologies
+
+    from data.config import DataConfig
+    from model.config import ModelConfig, VisionConfig
+    from sharding.mesh import DeviceMesh
+    from trainer.config import OptimizerConfig, RunConfig
+    from trainer.initialise import abstract_state
+    from trainer.objective import next_token_objective
+    from trainer.step import Skeleton, make_train_step
+
+    vision = VisionConfig(image_size=56, hidden_size=128, num_layers=2, num_heads=2, ffn_size=512, adapter_size=256)
+    model = ModelConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        dense_ffn_size=512,
+        expert_ffn_size=512,
+        num_experts=8,
+        moe_layer_step=2,
+        nope_layer_step=2,
+        chunk_size=128,
+        vision=vision,
+        dtype="bfloat16",
+        remat="full",
+    )
+    run = RunConfig(
+        model=model,
+        data=DataConfig(batch_size=ROWS, sequence_length=LENGTH),
+        optimizer=OptimizerConfig(),
+    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name)
+    mesh = DeviceMesh.of(topology.devices, sizes)
+    skeleton = Skeleton(model, mesh)
+    state = abstract_state(run, skeleton)
+
+    def split(shape: tuple[int, ...], dtype: str) -> Any:
+        return jax.ShapeDtypeStruct((ROWS, *shape), dtype, sharding=mesh.rows)
+
+    names = ("tokens", "targets", "segment_ids", "positions", "source_ids")
+    batch = {name: split((LENGTH,), "int32") for name in names} | {"loss_weights": split((LENGTH,), "float32")}
+    batch |= {"image_tiles": split((2, 56, 56, 3), "uint8")}
+    batch |= {"image_positions": split((2, vision.tokens_per_tile), "int32")}
+    step = make_train_step(run, skeleton, next_token_objective(run.objective, 2))
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, state), mesh.everywhere
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(state, batch)
+    with logged() as log:
+        program = lowered.compile().as_text()
+    assert program
+    return log.read_text(errors="replace"), program
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[Path]:
+    """What C++ writes to stderr meanwhile, in a file."""
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield Path(file.name)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def instructions(program: str) -> Iterator[tuple[str, str]]:
+    """(kind, shapes of the results) of every collective.
+
+    One that the compiler overlaps with computation stands in several fusions: where it starts, in all that it runs
+    beside, and where it is done. It counts where it starts.
+    """
+    done = set(re.findall(r"%async-collective-done[^\n]*calls=%([\w.\-]+)", program))
+    computation = ""
+    for line in re.sub(r"/\*.*?\*/", "", program).splitlines():
+        begins = re.match(r"(?:ENTRY )?%([\w.\-]+) \(", line)
+        if begins:
+            computation = begins.group(1)
+        found = re.search(rf"= ([^=]*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
+        if found and computation not in done and not computation.startswith("async_collective_fusion"):
+            yield found.group(2), found.group(1)
+
+
+def rows(sizes: dict[str, int], program: str) -> list[str]:
+    """The lines of the table for one program."""
+    counts: collections.Counter[str] = collections.Counter()
+    totals: collections.Counter[str] = collections.Counter()
+    for kind, shapes in instructions(program):
+        counts[kind] += 1
+        totals[kind] += sum(
+            BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        )
+    name = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    return [f"{name:30} {kind:20} {counts[kind]:4} {totals[kind]:12,} bytes" for kind in KINDS if counts[kind]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
