@@ -154,6 +154,12 @@ def test_a_traceback_comes_only_when_it_is_asked_for(capsys):
 # What it starts
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Other processes are looked for before jax has any device, and here another test may have asked it for one."""
+    monkeypatch.setattr("launch.processes.join", lambda _: None)
+
+
 def test_train_is_given_the_run_and_the_directory(monkeypatch):
     calls = []
     monkeypatch.setattr("trainer.loop.train", lambda run, workdir, **options: calls.append((run, workdir, options)))
