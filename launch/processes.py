@@ -90,9 +90,12 @@ def join(arguments: argparse.Namespace) -> "Watch | None":
         else:
             jax.distributed.initialize(initialization_timeout=int(5 * timeout))
     except ValueError as error:
-        if (group is None and "must be defined" in str(error)) or "should be defined" in str(error):
+        if group is None and "coordinator_address should be defined" in str(error):
             return None  # no cluster: one process
-        raise
+        raise UserError(
+            f"the place of this process among others is known only in part ({error}). Give all of --coordinator, "
+            "--num-processes and --process-id, or take JAX's own variables (JAX_COORDINATOR_ADDRESS) out of the environment."
+        ) from error
     except RuntimeError as error:
         place = f"process {group.index} of {group.count} at {group.coordinator}" if group else "this process"
         raise UserError(

@@ -190,6 +190,11 @@ def test_half_a_place_is_refused(given: dict[str, Any], words: str) -> None:
     assert words in str(error.value)
 
 
+def test_a_place_that_is_known_in_part_is_not_taken_for_a_run_of_one_process(tmp_path: Path) -> None:
+    output = finish(begin(tmp_path, environment={"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1234"}), 2)
+    assert "known only in part (Number of processes must be defined.)" in output, output
+
+
 def test_local_processes_run_the_same_command() -> None:
     said = ["train", "--processes", "4", "--config", "a.py", "--processes=2", "--config.steps=3"]
     assert again(said) == [sys.executable, "-m", "launch.cli", "train", "--config", "a.py", "--config.steps=3"]
