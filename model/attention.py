@@ -10,14 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model.blockwise import Blockwise, Tokens, blockwise_attention
 from model.cache import Cached, KeysValues, chunk_of, slot_of
 from model.config import LayerKind, ModelConfig
 from model.layers import at_least_float32, matrix, rms_normalize, rotate_pairs, text_rope
-
-MAX_QUERY_BLOCKS = 8
-MIN_QUERY_BLOCK = 128
-SAVED_SCORES_LENGTH = 1024
-"""Rows longer than this recompute their attention scores in the backward pass instead of keeping them."""
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +21,7 @@ SAVED_SCORES_LENGTH = 1024
 class Layout:
     """Where each token of a packed row stands; shared by all layers."""
 
-    segment_ids_BS: jax.Array
-    """Document of each token; 0 is padding."""
-    positions_BS: jax.Array
-    """Position in the document."""
+    tokens: Tokens
     temperature_positions_BS: jax.Array
     """Position that the temperature of global layers goes by."""
     cos: jax.Array
@@ -41,23 +34,15 @@ class Layout:
         temperature_BS = positions_BS
         if config.temperature_from == "row":
             temperature_BS = jnp.broadcast_to(jnp.arange(positions_BS.shape[1]), positions_BS.shape)
-        return cls(segment_ids_BS, positions_BS, temperature_BS, *text_rope(positions_BS, config))
+        first_B = jnp.zeros_like(positions_BS[:, 0])
+        return cls(Tokens(segment_ids_BS, positions_BS, first_B), temperature_BS, *text_rope(positions_BS, config))
 
     @classmethod
     def of_next(cls, positions_B: jax.Array, config: ModelConfig) -> "Layout":
         """The layout, [B,1], of one more token in rows of one document each, which begins where its row does."""
         positions_BS = positions_B[:, None]
-        return cls(jnp.ones_like(positions_BS), positions_BS, positions_BS, *text_rope(positions_BS, config))
-
-
-def allowed(layout: Layout, queries: slice, keys: slice, chunk: int | None) -> jax.Array:
-    """Which keys each query sees, [B, Q, T]: its own document, not the future, and its own chunk of that document."""
-    segment, position = layout.segment_ids_BS, layout.positions_BS
-    index = jnp.arange(segment.shape[1])
-    mask = (segment[:, queries, None] == segment[:, None, keys]) & (index[queries, None] >= index[None, keys])
-    if chunk is not None:
-        mask &= (position[:, queries, None] // chunk) == (position[:, None, keys] // chunk)
-    return mask
+        tokens = Tokens(jnp.ones_like(positions_BS), positions_BS, positions_B)
+        return cls(tokens, positions_BS, *text_rope(positions_BS, config))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -75,22 +60,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return jnp.einsum("bkgqt,btkh->bqkgh", probabilities, v).reshape(B, Q, N, H)
 
 
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout, chunk: int | None) -> jax.Array:
-    """Attention within documents (and, where `chunk` is given, within their chunks), in blocks of queries.
+def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, chunk: int | None) -> jax.Array:
+    """Attention within documents and, where `chunk` is given, within their chunks: q [B,S,N,H], k and v [B,S,K,H]."""
+    grouped = by_heads(q * q.shape[-1] ** -0.5, k.shape[2])
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return blockwise_attention(Blockwise(chunk), grouped, k, v, tokens, tokens).swapaxes(1, 2).reshape(q.shape)
 
-    A block reads only keys that one of its queries could see: none after it, none further back than a chunk reaches.
-    That is exact, since a chunk counted from a document's start never begins more than chunk - 1 tokens before a token.
-    """
-    S = q.shape[1]
-    block = max(MIN_QUERY_BLOCK, -(-S // MAX_QUERY_BLOCKS))
-    outputs = []
-    for start in range(0, S, block):
-        queries = slice(start, min(start + block, S))
-        keys = slice(0 if chunk is None else max(0, start - chunk + 1), queries.stop)
-        mask = allowed(layout, queries, keys, chunk)
-        one = jax.checkpoint(attend) if S > SAVED_SCORES_LENGTH else attend
-        outputs.append(one(q[:, queries], k[:, keys], v[:, keys], mask))
-    return jnp.concatenate(outputs, axis=1)
+
+def by_heads(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B,S,N,H] -> [B,K,S,G,H]: consecutive query heads share a key/value head."""
+    return q.reshape(*q.shape[:2], kv_heads, -1, q.shape[-1]).swapaxes(1, 2)
 
 
 def cached_attention(q: jax.Array, seen: KeysValues, slots_B: jax.Array) -> jax.Array:
@@ -133,9 +112,9 @@ class Attention(nnx.Module):
             q = (at_least_float32(q) * factor[..., None, None]).astype(dtype)
         chunk, kept = chunk_of(self.kind, config), KeysValues(k, v)
         if cached is None:
-            heads = packed_attention(q, k, v, layout, chunk)
+            heads = packed_attention(q, k, v, layout.tokens, chunk)
         else:
-            slots_B = slot_of(layout.positions_BS[:, 0], chunk)
+            slots_B = slot_of(layout.tokens.positions[:, 0], chunk)
             kept = cached.slots.put(kept, cached.repeat, slots_B)
             heads = cached_attention(q, kept.of(cached.repeat), slots_B)
         return jnp.einsum("bsnh,nhd->bsd", heads, self.o[...].astype(dtype)), kept

@@ -74,7 +74,7 @@ class Layer(nnx.Module):
         normed = rms_norm(x_BSD, self.ffn_norm, eps)
         if isinstance(self.ffn, SwiGLU):
             return x_BSD + self.place.joined(self.ffn(normed)), None, kept
-        real_T = layout.segment_ids_BS.reshape(-1) > 0
+        real_T = layout.tokens.segment_ids.reshape(-1) > 0
         first_expert = None if cached is None else cached.repeat * self.config.num_experts
         out_TD, stats = self.ffn(
             normed.reshape(-1, normed.shape[-1]),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model import attention, grouped_ffn
+from model import blockwise, grouped_ffn
 from model.config import ModelConfig, RopeScaling
 from tests import oracle
 from tests.oracle_cases import (
@@ -113,9 +113,8 @@ def run_case(case: Case, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None
     """Two batches of one shape through one compilation, in float64."""
     config, micro_batches = config_of(case, "float64"), int(case["micro-batches"])
     assert not list(config.problems())
-    if case["blocks"] == "small":  # several blocks of queries and of expert rows, scores recomputed
-        monkeypatch.setattr(attention, "MIN_QUERY_BLOCK", 7)
-        monkeypatch.setattr(attention, "SAVED_SCORES_LENGTH", 10)
+    if case["blocks"] == "small":  # several blocks of queries, of keys and of expert rows
+        monkeypatch.setattr(blockwise, "BLOCK", 5)
         monkeypatch.setattr(grouped_ffn, "BLOCK_ROWS", 4)
     with jax.enable_x64(True):
         run = shipped(config, micro_batches)

@@ -122,7 +122,7 @@ MUTATIONS: dict[str, Callable[[Patch], None]] = {
     "the slot after is seen": mask(lambda slot, own: slot <= own + 1),
     "positions off by one": next_layout(lambda p: p + 1),
     "no temperature while decoding": next_layout(
-        lambda p: p, temperature_positions_BS=lambda layout: 0 * layout.positions_BS
+        lambda p: p, temperature_positions_BS=lambda layout: 0 * layout.tokens.positions
     ),
     "no rotation while decoding": next_layout(
         lambda p: p, cos=lambda layout: 1 + 0 * layout.cos, sin=lambda layout: 0 * layout.sin

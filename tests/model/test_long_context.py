@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import attention
 from model.attention import temperature
 from model.config import ModelConfig, RopeScaling
 from model.layers import rope_frequencies
@@ -88,8 +87,7 @@ def test_past_several_chunks_packed_rows_and_decoding_agree_with_the_oracle() ->
         close(decoded_ZBV[: 61 - prompt, b], expected_BSV[0, prompt:], f"prompt of {prompt}")
 
 
-def test_past_three_real_chunks_packed_rows_and_decoding_agree_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "MAX_QUERY_BLOCKS", 16)  # less memory: this is in float64
+def test_past_three_real_chunks_packed_rows_and_decoding_agree_with_the_oracle() -> None:
     chunk = REAL.chunk_size
     assert chunk == REAL.temperature_floor == 8192
     short, long, prompt = 2 * chunk + 30, 3 * chunk + 12, 3 * chunk - 6

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import attention, moe, transformer, vision
+from model import attention, blockwise, moe, transformer, vision
+from model.blockwise import Tokens
 from model.config import ModelConfig
 from tests import oracle, oracle_cases
 from tests.oracle_cases import (
@@ -92,13 +93,12 @@ def test_unbroken_code_agrees_with_the_oracle(base: str, with_gradient: bool) ->
 def mask_with(condition: Callable[..., jax.Array]) -> Callable[[Patch], None]:
     """Replaces the mask by causal and `condition(segments and positions of query and key, their indices, chunk)`."""
 
-    def allowed(layout: Any, queries: slice, keys: slice, chunk: int | None) -> jax.Array:
-        segment, position = layout.segment_ids_BS, layout.positions_BS
-        index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
-        pairs = [(a[:, queries, None], a[:, None, keys]) for a in (segment, position, index)]
+    def allowed(queries: Tokens, keys: Tokens, chunk: int | None) -> jax.Array:
+        standing = [(tokens.segment_ids, tokens.positions, tokens.places) for tokens in (queries, keys)]
+        pairs = [(query[:, None], key[None]) for query, key in zip(*standing, strict=True)]
         return (pairs[2][0] >= pairs[2][1]) & condition(*pairs, chunk)
 
-    return lambda patch: patch.setattr(attention, "allowed", allowed)
+    return lambda patch: patch.setattr(blockwise, "allowed", allowed)
 
 
 def same(pair: tuple[jax.Array, jax.Array], divisor: int | None = 1) -> jax.Array:
@@ -131,25 +131,27 @@ def no_qk_norm(patch: Patch) -> None:
 
 
 def around_attention(change: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[[Patch], None]:
-    """Replaces queries and keys by `change(q, k, layout, chunk)` just before they meet."""
+    """Replaces queries and keys by `change(q, k, tokens, chunk)` just before they meet."""
     original = attention.packed_attention
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array, layout: Any, chunk: int | None) -> jax.Array:
-        return original(*change(q, k, layout, chunk), v, layout, chunk)
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, chunk: int | None) -> jax.Array:
+        return original(*change(q, k, tokens, chunk), v, tokens, chunk)
 
     return lambda patch: patch.setattr(attention, "packed_attention", packed)
 
 
 @around_attention
-def qk_norm_on_nope_layers(q: jax.Array, k: jax.Array, layout: Any, chunk: int | None) -> tuple[jax.Array, jax.Array]:
+def qk_norm_on_nope_layers(
+    q: jax.Array, k: jax.Array, tokens: Tokens, chunk: int | None
+) -> tuple[jax.Array, jax.Array]:
     return (q, k) if chunk else (attention.rms_normalize(q, 1e-5), attention.rms_normalize(k, 1e-5))
 
 
 @around_attention
 def temperature_on_rope_layers(
-    q: jax.Array, k: jax.Array, layout: Any, chunk: int | None
+    q: jax.Array, k: jax.Array, tokens: Tokens, chunk: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    return (q * attention.temperature(layout.temperature_positions_BS, SMALL)[..., None, None] if chunk else q), k
+    return (q * attention.temperature(tokens.positions, SMALL)[..., None, None] if chunk else q), k
 
 
 def temperature_with(factor: Callable[[jax.Array, ModelConfig], jax.Array]) -> Callable[[Patch], None]:
@@ -175,13 +177,13 @@ def temperature_counted_from_the(start: str) -> Callable[[Patch], None]:
 
 
 def interleaved_query_groups(patch: Patch) -> None:
-    original = attention.attend
+    original = attention.packed_attention
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    def packed(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, chunk: int | None) -> jax.Array:
         by_group = np.argsort(np.arange(q.shape[2]) % k.shape[2], kind="stable")
-        return original(q[:, :, by_group], k, v, mask)[:, :, np.argsort(by_group)]
+        return original(q[:, :, by_group], k, v, tokens, chunk)[:, :, np.argsort(by_group)]
 
-    patch.setattr(attention, "attend", attend)
+    patch.setattr(attention, "packed_attention", packed)
 
 
 # ---------------------------------------------------------------------------------------------- feed-forward and router
