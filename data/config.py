@@ -34,6 +34,9 @@ class DataConfig:
     """Share of the tokens that each source supplies; made to sum to one."""
     sequence_length: int = 512
     """Tokens in a row, S."""
+    row_parts: int = 1
+    """Equal parts of a row: a document that crosses the edge of one begins at one, so that no attention chunk does (if they
+    are multiples of model.chunk_size). Devices along mesh.context then fetch nothing for chunked layers; costs padding."""
     batch_size: int = 8
     """Rows in a step, B, over all devices and micro-batches."""
     tiles_per_row: int = 8
@@ -70,6 +73,8 @@ class DataConfig:
             yield "mixture", f"found weights {dict(self.mixture)}, expected none below zero and a sum above zero"
         if self.sequence_length < 3:
             yield "sequence_length", f"found {self.sequence_length}, expected 3 or more"
+        if self.sequence_length % self.row_parts:
+            yield "row_parts", f"found {self.row_parts}, expected a divisor of sequence_length={self.sequence_length}"
         if not self.tokenizer.strip():
             yield "tokenizer", f"found {self.tokenizer!r}, expected bpe, bytes or the path of a tokenizer.json"
         if self.tiles_per_row == 0 and self.mixture.get("scenes", 0) > 0:

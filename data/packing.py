@@ -29,6 +29,7 @@ class Packing:
         tiles_per_row: int,
         window: int,
         seed: int,
+        row_parts: int = 1,
     ):
         """Rows are packed when they are asked for.
 
@@ -40,9 +41,10 @@ class Packing:
             tiles_per_row: M.
             window: documents packed together.
             seed: decides every order.
+            row_parts: equal parts of a row; only a document that begins where a part does goes beyond its end.
         """
         self._lengths, self._tile_counts = lengths, tile_counts
-        self._room = (tokens_per_row, tiles_per_row)
+        self._room = (tokens_per_row, tiles_per_row, row_parts)
         self._seed = seed
         # Documents per token of the mixture, and how many tokens of the mixture it takes to use every source up.
         rates = [share / sum(shares) / float(np.mean(length)) for share, length in zip(shares, lengths, strict=True)]
@@ -57,8 +59,8 @@ class Packing:
         self._epoch_order = functools.lru_cache(maxsize=16)(self._permute_epoch)
         self._cycle_order = functools.lru_cache(maxsize=2)(self._permute_cycle)
 
-    def row(self, n: int) -> list[tuple[int, int]]:
-        """The documents in row n, in order, as (source, document)."""
+    def row(self, n: int) -> list[tuple[int, int, int]]:
+        """The documents in row n, in order, as (source, document, where it begins)."""
         cycle = 0
         if not self._covers(n):
             cycle, n = divmod(n, self._ends[-1])
@@ -80,14 +82,14 @@ class Packing:
                 self._ends.append((self._ends[-1] if self._ends else 0) + len(rows))
             return n < self._ends[-1]
 
-    def _pack(self, window: int) -> list[list[tuple[int, int]]]:
+    def _pack(self, window: int) -> list[list[tuple[int, int, int]]]:
         documents = []
         for source, total in enumerate(self.documents_per_cycle):
             first, last = (total * w // self._windows for w in (window, window + 1))
             documents += [(source, self._stream(source, i)) for i in range(first, last)]
         lengths = [int(self._lengths[source][i]) for source, i in documents]
         tiles = [int(self._tile_counts[source][i]) for source, i in documents]
-        return [[documents[i] for i in row] for row in pack_rows(lengths, tiles, *self._room)]
+        return [[(*documents[i], start) for i, start in row] for row in pack_rows(lengths, tiles, *self._room)]
 
     def _stream(self, source: int, i: int) -> int:
         """Document i of the source's epochs, one after the other."""
@@ -103,23 +105,40 @@ class Packing:
         return np.cumsum(np.diff([0, *self._ends])[windows]), windows
 
 
-def pack_rows(lengths: Sequence[int], tile_counts: Sequence[int], tokens: int, tiles: int) -> list[list[int]]:
+def pack_rows(
+    lengths: Sequence[int], tile_counts: Sequence[int], tokens: int, tiles: int, parts: int = 1
+) -> list[list[tuple[int, int]]]:
     """Packs documents into rows of so many tokens and tiles.
 
     Each row takes the longest document that is left, and then those that, of all subsets, leave the fewest tokens
     unused (a subset-sum, where best fit adds one document at a time and leaves twice to five times as much).
 
+    In rows of several parts the same is done part by part: the longest document that fits in the rest of the row, and
+    those that fill the part in which it ends. So a document that crosses the edge of a part begins at one.
+
     Returns:
-        for each row, the positions of its documents.
+        for each row, its documents and where they begin, in order.
     """
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    part = tokens // parts
     rows = []
     while left:
-        first = left[0]
-        room = tokens - lengths[first], tiles - tile_counts[first]
-        row = [first, *_fullest(left[1:], lengths, tile_counts, *room)]
-        taken = set(row)
-        left = [i for i in left if i not in taken]
+        row: list[tuple[int, int]] = []
+        at, tiles_left = 0, tiles
+        while at < tokens:
+            longest = next((i for i in left if lengths[i] <= tokens - at and tile_counts[i] <= tiles_left), None)
+            if longest is None:
+                break
+            end = at + lengths[longest]
+            edge = -(-end // part) * part
+            others = [i for i in left if i != longest]
+            chosen = [longest, *_fullest(others, lengths, tile_counts, edge - end, tiles_left - tile_counts[longest])]
+            for i in chosen:
+                row.append((i, at))
+                at, tiles_left = at + lengths[i], tiles_left - tile_counts[i]
+            taken = set(chosen)
+            left = [i for i in left if i not in taken]
+            at = edge
         rows.append(row)
     return rows
 

@@ -45,6 +45,7 @@ class Dataset:
             config.tiles_per_row,
             config.window,
             config.seed,
+            config.row_parts,
         )
         self.digest = _digest(config, image, self.tokenizer.digest, self._sources)
         self.notes = tuple(note for source in self._sources for note in source.notes)
@@ -93,9 +94,9 @@ class Dataset:
         of_source = batch["source_ids"] == self.source_names.index(source) + 1
         return int(self.tokenizer.byte_lengths[batch["targets"][of_source & (batch["loss_weights"] > 0)]].sum())
 
-    def _fill_row(self, row: Batch, documents: list[tuple[int, int]]) -> None:
-        at, slot = 0, 0
-        for segment, (source, number) in enumerate(documents, start=1):
+    def _fill_row(self, row: Batch, documents: list[tuple[int, int, int]]) -> None:
+        slot = 0
+        for segment, (source, number, at) in enumerate(documents, start=1):
             document = self._sources[source].document(number)
             length = len(document.tokens_S)
             span = slice(at, at + length)
@@ -112,7 +113,6 @@ class Dataset:
                 row["image_tiles"][slots] = document.tiles_M
                 row["image_positions"][slots] = patches.reshape(len(document.tiles_M), -1)
                 slot = slots.stop
-            at += length
 
 
 def build_dataset(config: DataConfig, image: ImageSpec | None, split: str) -> Dataset:
@@ -264,6 +264,7 @@ def _digest(config: DataConfig, image: ImageSpec | None, tokenizer_digest: str, 
         config.window,
         config.seed,
         config.answer_weight,
+        config.row_parts,
         [(source.name, config.mixture[source.name]) for source in sources],
         image,
     )

@@ -14,6 +14,8 @@ from model.blockwise import Blockwise, Tokens, blockwise_attention
 from model.cache import Cached, KeysValues, chunk_of, slot_of
 from model.config import LayerKind, ModelConfig
 from model.layers import at_least_float32, matrix, rms_normalize, rotate_pairs, text_rope
+from sharding.context import from_the_left, ring_attention
+from sharding.place import Place
 
 
 @jax.tree_util.register_dataclass
@@ -22,6 +24,9 @@ class Layout:
     """Where each token of a packed row stands; shared by all layers."""
 
     tokens: Tokens
+    """Those that are computed here."""
+    row: Tokens
+    """All tokens of the rows: the same ones, unless rows are split over devices."""
     temperature_positions_BS: jax.Array
     """Position that the temperature of global layers goes by."""
     cos: jax.Array
@@ -29,20 +34,20 @@ class Layout:
     sin: jax.Array
 
     @classmethod
-    def of(cls, segment_ids_BS: jax.Array, positions_BS: jax.Array, config: ModelConfig) -> "Layout":
-        """The layout of packed rows."""
-        temperature_BS = positions_BS
-        if config.temperature_from == "row":
-            temperature_BS = jnp.broadcast_to(jnp.arange(positions_BS.shape[1]), positions_BS.shape)
-        first_B = jnp.zeros_like(positions_BS[:, 0])
-        return cls(Tokens(segment_ids_BS, positions_BS, first_B), temperature_BS, *text_rope(positions_BS, config))
+    def of(cls, segment_ids_BS: jax.Array, positions_BS: jax.Array, config: ModelConfig, place: Place) -> "Layout":
+        """The layout of packed rows, or of this device's share of them."""
+        B, S = positions_BS.shape
+        row = Tokens(place.row(segment_ids_BS), place.row(positions_BS), jnp.zeros(B, positions_BS.dtype))
+        tokens = row.part(place.first("context", S), S)
+        temperature_BS = positions_BS if config.temperature_from == "document" else tokens.places
+        return cls(tokens, row, temperature_BS, *text_rope(positions_BS, config))
 
     @classmethod
     def of_next(cls, positions_B: jax.Array, config: ModelConfig) -> "Layout":
         """The layout, [B,1], of one more token in rows of one document each, which begins where its row does."""
         positions_BS = positions_B[:, None]
         tokens = Tokens(jnp.ones_like(positions_BS), positions_BS, positions_B)
-        return cls(tokens, positions_BS, *text_rope(positions_BS, config))
+        return cls(tokens, tokens, positions_BS, *text_rope(positions_BS, config))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -60,11 +65,27 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return jnp.einsum("bkgqt,btkh->bqkgh", probabilities, v).reshape(B, Q, N, H)
 
 
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, chunk: int | None) -> jax.Array:
-    """Attention within documents and, where `chunk` is given, within their chunks: q [B,S,N,H], k and v [B,S,K,H]."""
+def packed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout, chunk: int | None, place: Place
+) -> jax.Array:
+    """Attention within documents and, where `chunk` is given, within their chunks: q [B,S,N,H], k and v [B,S,K,H].
+
+    Where rows are split over devices, chunks fetch what they need from the left: a chunk, counted from the document's
+    start, never begins more than chunk - 1 tokens before one of its tokens. The others pass all keys round.
+    """
+    S, kernel, row = q.shape[1], Blockwise(chunk), layout.row
     grouped = by_heads(q * q.shape[-1] ** -0.5, k.shape[2])
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return blockwise_attention(Blockwise(chunk), grouped, k, v, tokens, tokens).swapaxes(1, 2).reshape(q.shape)
+    if place.size("context") == 1:
+        out = blockwise_attention(kernel, grouped, k, v, layout.tokens, row)
+    elif chunk is None:
+        out = ring_attention(kernel, place, grouped, k, v, row)
+    else:
+        reach = min(chunk - 1, row.positions.shape[1] - S) if place.straddle else 0
+        k, v = (jnp.concatenate([from_the_left(place, share, reach), share], axis=2) for share in (k, v))
+        keys = row.padded(reach, 0).part(place.first("context", S), reach + S)
+        out = blockwise_attention(kernel, grouped, k, v, layout.tokens, keys)
+    return out.swapaxes(1, 2).reshape(q.shape)
 
 
 def by_heads(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -88,8 +109,8 @@ def temperature(positions_BS: jax.Array, config: ModelConfig) -> jax.Array:
 class Attention(nnx.Module):
     """One attention layer: q [D,N,H], k and v [D,K,H], o [N,H,D]; no biases."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs):
-        self.config, self.kind = config, kind
+    def __init__(self, config: ModelConfig, kind: LayerKind, place: Place, rngs: nnx.Rngs):
+        self.config, self.kind, self.place = config, kind, place
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q = matrix(rngs, (D, N, H), "width heads head", D, config)
         self.k = matrix(rngs, (D, K, H), "width kv_heads head", D, config)
@@ -112,7 +133,7 @@ class Attention(nnx.Module):
             q = (at_least_float32(q) * factor[..., None, None]).astype(dtype)
         chunk, kept = chunk_of(self.kind, config), KeysValues(k, v)
         if cached is None:
-            heads = packed_attention(q, k, v, layout.tokens, chunk)
+            heads = packed_attention(q, k, v, layout, chunk, self.place)
         else:
             slots_B = slot_of(layout.tokens.positions[:, 0], chunk)
             kept = cached.slots.put(kept, cached.repeat, slots_B)

@@ -93,6 +93,11 @@ class Blockwise(NamedTuple):
         total = jnp.maximum(sums.total, jnp.finfo(sums.total.dtype).tiny)
         return (sums.values / total[..., None]).astype(dtype), sums.largest + jnp.log(total)
 
+    def given(self, d_out: jax.Array, out: jax.Array, log_total: jax.Array) -> "Given":
+        """What the gradient needs of all keys together: `d_out` is that of the result, the others are of `finish`."""
+        wide = jnp.promote_types(out.dtype, jnp.float32)
+        return Given(d_out, log_total, jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1))
+
     def gradient(
         self, given: "Given", q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -161,7 +166,7 @@ class Blockwise(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the gradient of attention needs of all keys together."""
+    """See `Blockwise.given`."""
 
     d_out: jax.Array
     """Gradient of the result, [B,K,Q,G,H]."""
@@ -169,11 +174,6 @@ class Given(NamedTuple):
     """Logarithm of the softmax's denominator, [B,K,Q,G]."""
     mean: jax.Array
     """The gradient of a weight, averaged over the softmax, [B,K,Q,G]."""
-
-    @classmethod
-    def of(cls, d_out: jax.Array, out: jax.Array, log_total: jax.Array) -> "Given":
-        wide = jnp.promote_types(out.dtype, jnp.float32)
-        return cls(d_out, log_total, jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1))
 
 
 def blockwise_attention(
@@ -196,7 +196,7 @@ def _forward(kernel, q, k, v, queries, keys):
 
 def _backward(kernel, saved, d_out):
     out, log_total, q, k, v, queries, keys = saved
-    d_qkv = kernel.gradient(Given.of(d_out, out, log_total), q, k, v, queries, keys)
+    d_qkv = kernel.gradient(kernel.given(d_out, out, log_total), q, k, v, queries, keys)
     return *(d.astype(x.dtype) for d, x in zip(d_qkv, (q, k, v), strict=True)), None, None
 
 

@@ -121,7 +121,7 @@ def route(logits_TE: jax.Array, top_k: int, real_T: jax.Array, bias_E: jax.Array
     return jnp.where(real_T[:, None], choice_TK, E), score_TK
 
 
-def within_capacity(choice_TK: jax.Array, rows: int, experts: int, capacity: int) -> jax.Array:
+def within_capacity(choice_TK: jax.Array, rows: int, experts: int, capacity: int, place: Place) -> jax.Array:
     """The choices, but E where the expert has `capacity` tokens of the row already, earlier ones coming first.
 
     By the row (a group of arXiv 2006.16668), so that what is dropped does not depend on what else is in the batch, nor on
@@ -132,6 +132,9 @@ def within_capacity(choice_TK: jax.Array, rows: int, experts: int, capacity: int
     sorted_BA = jnp.take_along_axis(choice_BA, order_BA, axis=1)
     first_BA = jax.vmap(lambda row: jnp.searchsorted(row, row, side="left"))(sorted_BA)
     rank_BA = jnp.arange(choice_BA.shape[1]) - first_BA
+    if place.size("context") > 1:
+        counts_BE = jax.vmap(lambda row: jnp.bincount(row, length=experts + 1))(choice_BA)
+        rank_BA += jnp.take_along_axis(place.before(counts_BE), sorted_BA, axis=1)
     back_BA = jnp.argsort(order_BA, axis=1)
     kept_BA = jnp.take_along_axis(jnp.where(rank_BA < capacity, sorted_BA, experts), back_BA, axis=1)
     return kept_BA.reshape(choice_TK.shape)
@@ -171,9 +174,9 @@ class MoE(nnx.Module):
         choice_TK, score_TK = route(logits_TE, config.experts_per_token, real_T, bias_E)
         kept_TK = choice_TK
         if config.capacity_factor and rows:
-            balanced = choice_TK.size // rows / config.num_experts
+            balanced = choice_TK.size * self.place.size("context") // rows / config.num_experts
             capacity = math.ceil(config.capacity_factor * balanced)
-            kept_TK = within_capacity(choice_TK, rows, config.num_experts, capacity)
+            kept_TK = within_capacity(choice_TK, rows, config.num_experts, capacity, self.place)
         expert_TK = kept_TK if first_expert is None else kept_TK + first_expert
         routed_TD = self.routed(x_TD, expert_TK, score_TK.astype(x_TD.dtype))
         stats = router_stats(logits_TE, choice_TK, real_T, kept_TK)

@@ -53,7 +53,7 @@ class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind, place: Place, rngs: nnx.Rngs):
         self.config, self.kind, self.place = config, kind, place
         self.attn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
-        self.attn = Attention(config, kind, rngs)
+        self.attn = Attention(config, kind, place, rngs)
         self.ffn_norm = constant((config.hidden_size,), 1.0, config.param_dtype)
         self.ffn = MoE(config, place, rngs) if kind.moe else SwiGLU(config, config.dense_ffn_size, rngs)
 
@@ -84,6 +84,16 @@ class Layer(nnx.Module):
             first_expert,
         )
         return x_BSD + self.place.joined(out_TD).reshape(x_BSD.shape), stats, kept
+
+
+def here(batch: Batch, place: Place) -> jax.Array:
+    """`image_positions` [B,M,P] as places in the share of the row that is on this device; -1 elsewhere.
+
+    A tile whose tokens are on two devices is encoded by both.
+    """
+    S, positions_BMP = batch["tokens"].shape[1], batch["image_positions"]
+    within_BMP = positions_BMP - place.first("context", S)
+    return jnp.where((positions_BMP >= 0) & (within_BMP >= 0) & (within_BMP < S), within_BMP, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +153,7 @@ class Transformer(nnx.Module):
 
     def encode_images(self, batch: Batch) -> jax.Array:
         """Projected features of a batch's tiles, [B, M, P, D]; zeros in unused slots."""
-        tiles, positions_BMP = batch["image_tiles"], batch["image_positions"]
+        tiles, positions_BMP = batch["image_tiles"], here(batch, self.place)
         B, M, P = positions_BMP.shape
         used = (positions_BMP >= 0).any(axis=2).reshape(-1)
         # Gathered here: inside, devices run as many blocks as they have tiles, and could not wait for each other. Not
@@ -166,7 +176,7 @@ class Transformer(nnx.Module):
         if features_BMPD is None:
             return x_BSD
         B, S, D = x_BSD.shape
-        positions = batch["image_positions"].reshape(B, -1)
+        positions = here(batch, self.place).reshape(B, -1)
         # Unused slots say -1, which indexing would read as the last token: past the end they are dropped.
         positions = jnp.where(positions < 0, S, positions)
         return x_BSD.at[jnp.arange(B)[:, None], positions].set(features_BMPD.reshape(B, -1, D), mode="drop")
@@ -220,7 +230,7 @@ class Transformer(nnx.Module):
         if "image_tiles" in batch and batch["image_tiles"].shape[1]:
             features_BMPD = self.encode_images(batch)
         embedded_BSD = self.embed_batch(batch, features_BMPD)
-        return embedded_BSD, Layout.of(batch["segment_ids"], batch["positions"], self.config)
+        return embedded_BSD, Layout.of(batch["segment_ids"], batch["positions"], self.config, self.place)
 
     def _decoder(
         self,

@@ -9,7 +9,7 @@ Problem = tuple[str, str]
 
 ROW_AXES = ("data", "fsdp", "expert")
 """Axes that split the rows of a batch."""
-AXES = (*ROW_AXES, "tensor")
+AXES = (*ROW_AXES, "context", "tensor")
 """Axes of the mesh, the outermost first: neighbours on the last one are nearest to each other."""
 
 REST = -1
@@ -30,7 +30,9 @@ class MeshConfig:
     """Parts that weights, gradients and optimizer state are split into, along the model's width; -1 takes all devices that
     the other axes leave."""
     expert: int = 1
-    """Groups that the experts are split into; other weights are split over fsdp and expert together."""
+    """Groups that the experts are split into; other weights are split over fsdp, expert and context together."""
+    context: int = 1
+    """Parts that each row is split into, and weights as over fsdp."""
     tensor: int = 1
     """Parts that the heads of attention, the inner width of feed-forward layers and the vocabulary are split into."""
     expert_buffer: float = 1.5

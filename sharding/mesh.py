@@ -1,7 +1,7 @@
 """A mesh of devices: where arrays live on it, and how a function runs on all of its devices at once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from sharding.config import AXES
 from sharding.place import Place
 from sharding.rules import Axes, Rules
 
+MEDIA = ("image_",)
+"""How the names of arrays begin that belong to rows as a whole: [B, M, ...]."""
+
 
 @dataclass(frozen=True)
 class DeviceMesh:
@@ -23,13 +26,15 @@ class DeviceMesh:
     rules: Rules = field(default_factory=Rules)
 
     @classmethod
-    def of(cls, devices: Sequence[Any], sizes: Mapping[str, int], expert_buffer: float = 1.5) -> "DeviceMesh":
-        """A mesh with these sizes of `AXES`, whose product is the number of devices."""
+    def of(
+        cls, devices: Sequence[Any], sizes: Mapping[str, int], expert_buffer: float = 1.5, straddle: bool = True
+    ) -> "DeviceMesh":
+        """A mesh with these sizes of `AXES`, whose product is the number of devices; the rest as in `Place`."""
         shape = tuple(sizes.get(name, 1) for name in AXES)
         assert math.prod(shape) == len(devices)
         # Accelerators are put so that neighbours in the mesh are neighbours on the wires.
         mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), expert_buffer))
+        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), expert_buffer, straddle))
 
     @classmethod
     def alone(cls, device: Any | None = None) -> "DeviceMesh":
@@ -54,10 +59,11 @@ class DeviceMesh:
         """For an array that is whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    @property
-    def rows(self) -> NamedSharding:
-        """For an array whose first dim is the rows of a batch."""
-        return NamedSharding(self.mesh, PartitionSpec(self.place.row_axes))
+    def batch(self, names: Iterable[str]) -> dict[str, NamedSharding]:
+        """For the arrays of a batch: all are split by rows, and sequences [B,S] also along S."""
+        rows, context = self.place.row_axes, "context" if self.place.size("context") > 1 else None
+        specs = {name: (rows,) if name.startswith(MEDIA) else (rows, context) for name in names}
+        return {name: NamedSharding(self.mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
 
     @property
     def each(self) -> NamedSharding:
@@ -80,16 +86,30 @@ class DeviceMesh:
 
     def share(self, rows: int, parts: int) -> np.ndarray:
         """The rows of a batch that this process has on its devices, in the order in which `put` takes them."""
-        indices = self.rows.addressable_devices_indices_map((rows,)).values()
-        slices = {index[0].indices(rows) for index in indices if index}
-        return np.concatenate([self.row_order(rows, parts)[slice(*found)] for found in sorted(slices)])
+        order = self.row_order(rows, parts)
+        return np.concatenate([order[start:stop] for start, stop in self._local_rows(rows)])
 
     def put(self, share: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
         """A batch of so many rows on the devices, from this process's share of it."""
-        return {
-            name: jax.make_array_from_process_local_data(self.rows, array, (rows, *array.shape[1:]))
-            for name, array in share.items()
-        }
+        place, first = 0, {}
+        for start, stop in self._local_rows(rows):
+            first[start] = place
+            place += stop - start
+
+        def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(rows)
+                return array[(slice(first[start], first[start] + stop - start), *index[1:])]
+
+            return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
+
+        return {name: placed(share[name], sharding) for name, sharding in self.batch(share).items()}
+
+    def _local_rows(self, rows: int) -> list[tuple[int, int]]:
+        """(start, stop) of the rows on this process's devices, each once, in order."""
+        by_row = NamedSharding(self.mesh, PartitionSpec(self.place.row_axes))
+        indices = by_row.addressable_devices_indices_map((rows,)).values()
+        return sorted({index[0].indices(rows)[:2] for index in indices if index})
 
     def row_order(self, rows: int, parts: int) -> np.ndarray:
         """The order of a batch's rows on the devices, [rows]: so that each device has its share of each of `parts`.

@@ -35,11 +35,13 @@ class Place:
     """(axis, size) of the axes with more than one device."""
     expert_buffer: float = 1.5
     """See `MeshConfig`."""
+    straddle: bool = True
+    """Whether chunks may begin in one device's share of a row and end in another's; see `DataConfig.row_parts`."""
 
     @classmethod
-    def on(cls, sizes: dict[str, int], expert_buffer: float) -> "Place":
+    def on(cls, sizes: dict[str, int], expert_buffer: float, straddle: bool) -> "Place":
         """The place in a mesh of these sizes."""
-        return cls(tuple((name, sizes[name]) for name in AXES if sizes[name] > 1), expert_buffer)
+        return cls(tuple((name, sizes[name]) for name in AXES if sizes[name] > 1), expert_buffer, straddle)
 
     @property
     def axes(self) -> Axes:
@@ -57,8 +59,13 @@ class Place:
         return math.prod(map(self.size, self.row_axes))
 
     @property
+    def parts(self) -> int:
+        """Parts that the tokens of a batch are split into: rows, and the row itself."""
+        return self.row_parts * self.size("context")
+
+    @property
     def copies(self) -> int:
-        """Devices that compute the same rows."""
+        """Devices that compute the same tokens."""
         return self.size("tensor")
 
     def size(self, axis: str) -> int:
@@ -66,8 +73,19 @@ class Place:
         return dict(self.sizes).get(axis, 1)
 
     def total(self, tree: Any) -> Any:
-        """Every array, of a part of the rows, summed over all of them."""
-        return lax.psum(tree, self.row_axes) if self.row_axes else tree
+        """Every array, of a part of the tokens, summed over all of them."""
+        axes = tuple(name for name in self.axes if name != "tensor")
+        return lax.psum(tree, axes) if axes else tree
+
+    def row(self, share: jax.Array) -> jax.Array:
+        """Whole rows [B, ...] of which this device has a share, gathered."""
+        return lax.all_gather(share, "context", axis=1, tiled=True) if self.size("context") > 1 else share
+
+    def before(self, counts: jax.Array) -> jax.Array:
+        """Sum of what the devices with the shares of the rows before this one's count."""
+        counts_P = lax.all_gather(counts, "context")
+        earlier_P = jnp.arange(self.size("context")) < lax.axis_index("context")
+        return jnp.tensordot(earlier_P.astype(counts.dtype), counts_P, 1)
 
     def joined(self, partial: Any) -> Any:
         """What devices of the tensor axis computed with their parts of the weights, put together."""

@@ -20,15 +20,15 @@ AS_FAR_AS_THEY_DIVIDE = ("vision_width", "adapter")
 class Rules:
     """The mesh axes of each name, outermost first; a name that is no field is whole on every device."""
 
-    width: Axes = ("fsdp", "expert")
+    width: Axes = ("fsdp", "expert", "context")
     """Of the model, in the weights that all tokens use."""
-    vision_width: Axes = ("fsdp", "expert")
+    vision_width: Axes = ("fsdp", "expert", "context")
     """Of the vision encoder."""
-    adapter: Axes = ("fsdp", "expert")
+    adapter: Axes = ("fsdp", "expert", "context")
     """Of the vision encoder's adapter."""
     experts: Axes = ("expert",)
     """Number of experts, in their weights. Never gathered: tokens go to the experts."""
-    expert_width: Axes = ("fsdp",)
+    expert_width: Axes = ("fsdp", "context")
     """Of the model, in the experts' weights."""
     heads: Axes = ("tensor",)
     """Query heads. This one and those below are never gathered: each device computes with its part."""

@@ -158,6 +158,13 @@ class RunConfig:
                 "data.tokenizer_size",
                 f"found {self.data.tokenizer_size}, expected at most model.vocab_size={self.model.vocab_size}",
             )
+        part = self.data.sequence_length // self.data.row_parts
+        if self.data.row_parts > 1 and part % self.model.chunk_size and any(k.rope for k in self.model.layer_kinds()):
+            yield (
+                "data.row_parts",
+                f"found {self.data.row_parts}, parts of {part} tokens; expected parts of a multiple of "
+                f"model.chunk_size={self.model.chunk_size}, or chunks would cross their edges",
+            )
         if self.data.mixture.get("scenes", 0) > 0 and self.model.vision is None:
             yield "data.mixture.scenes", "found a weight above zero, expected 0 when model.vision is None"
         if self.optimizer.warmup_steps >= self.steps:

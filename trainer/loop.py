@@ -177,8 +177,8 @@ class Run:
 
         example = self.dataset.batch(0)
         batch = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.mesh.rows)
-            for name, array in example.items()
+            name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
+            for name, sharding in self.mesh.batch(example).items()
         }
         # Named, or the compiler might move what it gives back, which the next step could not take.
         outputs = jax.tree.map(lambda array: array.sharding, self.state), self.mesh.everywhere

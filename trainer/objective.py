@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from model.moe import RouterStats
-from model.transformer import Batch, Transformer
+from model.transformer import Batch, Transformer, here
 from model.vocab_loss import token_losses
+from sharding.place import Place
 from trainer.config import ObjectiveConfig
 
 Sums = dict[str, jax.Array]
@@ -54,11 +55,11 @@ def router_z(stats: RouterStats) -> jax.Array:
     return jnp.mean(stats.z / jnp.maximum(stats.tokens, 1))
 
 
-def used_tiles(batch: Batch) -> jax.Array:
-    """Image tiles in the batch, empty slots aside."""
+def used_tiles(batch: Batch, place: Place) -> jax.Array:
+    """Image tiles whose first token is here; empty slots aside, all tiles of the batch, unless rows are split."""
     if "image_positions" not in batch:
         return jnp.zeros((), jnp.int32)
-    return jnp.sum((batch["image_positions"] >= 0).any(axis=2))
+    return jnp.sum(here(batch, place)[:, :, 0] >= 0)
 
 
 def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective:
@@ -73,7 +74,7 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
         sources_T = batch["source_ids"].reshape(-1)
         sums = {
             "tokens": jnp.sum(batch["segment_ids"] > 0),
-            "tiles": used_tiles(batch),
+            "tiles": used_tiles(batch, model.place),
             "source_loss": jax.ops.segment_sum(weighted_T, sources_T, num_sources + 1)[1:],
             "source_weight": jax.ops.segment_sum(weights_T, sources_T, num_sources + 1)[1:],
             "loss": jnp.sum(weighted_T) / extras.weight_total.astype(losses_T.dtype),

@@ -33,23 +33,26 @@ def place_run(run: RunConfig, devices: Sequence[Any]) -> DeviceMesh:
     else:
         problems = mesh_problems(run, sizes)
         if not problems:
-            return DeviceMesh.of(devices, sizes, run.mesh.expert_buffer)
+            straddle = run.data.row_parts % sizes["context"] > 0
+            return DeviceMesh.of(devices, sizes, run.mesh.expert_buffer, straddle)
         wanted, found = sizes, f"found {written(sizes)}: {'; '.join(problems)}"
     raise UserError(f"mesh: {found}. {_cures(run, len(devices), wanted)}")
 
 
 def mesh_problems(run: RunConfig, sizes: dict[str, int]) -> list[str]:
     """What in the run a mesh does not divide."""
-    model, tensor = run.model, sizes["tensor"]
+    model, tensor, context = run.model, sizes["tensor"], sizes["context"]
     micro_batch = run.data.batch_size // run.optimizer.accumulate
     rows = f"the {micro_batch} rows of each of the optimizer.accumulate micro-batches of data.batch_size"
     kinds = [kind.moe for kind in model.layer_kinds()]
     experts = any(kinds)
-    splits = {"hidden_size": sizes["fsdp"] * sizes["expert"]}
+    splits = {"hidden_size": sizes["fsdp"] * sizes["expert"] * context}
     splits |= dict.fromkeys(("num_heads", "num_kv_heads", "vocab_size"), tensor)
     splits |= {"num_experts": sizes["expert"], "expert_ffn_size": tensor} if experts else {}
     splits |= {} if all(kinds) else {"dense_ffn_size": tensor}
     checks = [(micro_batch, math.prod(sizes[name] for name in ROW_AXES), f"{rows}={run.data.batch_size}")]
+    if context > 1:  # twice, for a balanced ring
+        checks.append((run.data.sequence_length, 2 * context, f"data.sequence_length={run.data.sequence_length}"))
     checks += [(getattr(model, name), by, f"model.{name}={getattr(model, name)}") for name, by in splits.items()]
     found = [f"{what} cannot be split into {by} equal parts" for size, by, what in checks if size % by]
     if not experts and sizes["expert"] > 1:
@@ -67,8 +70,8 @@ def _cures(run: RunConfig, devices: int, wanted: dict[str, int]) -> str:
     micro_batches = run.optimizer.accumulate
     rows = math.lcm(run.data.batch_size, devices * micro_batches)
     return (
-        f"No mesh of {devices} devices fits this run: their number must divide the rows of a micro-batch. Take "
-        f"data.batch_size={rows}, or fewer devices (CUDA_VISIBLE_DEVICES on GPUs)."
+        f"No mesh of {devices} devices fits this run. Take data.batch_size={rows}, so that their number divides the rows of "
+        "a micro-batch, or fewer devices (CUDA_VISIBLE_DEVICES on GPUs)."
     )
 
 

@@ -140,7 +140,7 @@ def loss_and_gradient(
     On a mesh of several devices the rows of `batch` are in the order of `DeviceMesh.row_order`.
     """
     mesh = skeleton.mesh
-    place, rows, everywhere = mesh.place, mesh.rows, mesh.everywhere
+    place, everywhere = mesh.place, mesh.everywhere
 
     def on_one(params: Params, router_bias: Params, batch: Batch, extras: Extras) -> tuple[jax.Array, Sums, Params]:
         loss, sums, gradient = _accumulated(skeleton, objective, params, router_bias, batch, extras, micro_batches)
@@ -148,10 +148,10 @@ def loss_and_gradient(
 
     step = mesh.on_all(
         on_one,
-        inputs=(skeleton.shardings, everywhere, rows, everywhere),
+        inputs=(skeleton.shardings, everywhere, mesh.batch(batch), everywhere),
         outputs=(everywhere, everywhere, skeleton.shardings),
     )
-    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.row_parts))
+    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.parts))
 
 
 def _accumulated(
@@ -249,13 +249,9 @@ def make_eval_step(skeleton: Skeleton, objective: Objective) -> Callable[[Params
     def on_one(params: Params, router_bias: Params, batch: Batch, extras: Extras) -> Sums:
         return mesh.place.total(objective(skeleton.model(params, router_bias), batch, extras)[1])
 
-    step = mesh.on_all(
-        on_one,
-        inputs=(skeleton.shardings, mesh.everywhere, mesh.rows, mesh.everywhere),
-        outputs=mesh.everywhere,
-    )
-
     def eval_step(params: Params, router_bias: Params, batch: Batch) -> Sums:
-        return step(params, router_bias, batch, extras_for(batch, mesh.place.row_parts))
+        inputs = (skeleton.shardings, mesh.everywhere, mesh.batch(batch), mesh.everywhere)
+        step = mesh.on_all(on_one, inputs, outputs=mesh.everywhere)
+        return step(params, router_bias, batch, extras_for(batch, mesh.place.parts))
 
     return eval_step

@@ -16,11 +16,29 @@ DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4)), max_size=
 def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, tiles):
     lengths, counts = [d[0] for d in documents], [d[1] for d in documents]
     rows = pack_rows(lengths, counts, tokens, tiles)
-    assert sorted(i for row in rows for i in row) == list(range(len(documents)))
+    assert sorted(i for row in rows for i, _ in row) == list(range(len(documents)))
     for row in rows:
         assert row
-        assert sum(lengths[i] for i in row) <= tokens
-        assert sum(counts[i] for i in row) <= tiles
+        assert [start for _, start in row] == [sum(lengths[i] for i, _ in row[:n]) for n in range(len(row))]
+        assert sum(lengths[i] for i, _ in row) <= tokens
+        assert sum(counts[i] for i, _ in row) <= tiles
+
+
+@given(DOCUMENTS, st.sampled_from([2, 3, 4]), st.integers(15, 25), st.integers(4, 7))
+def test_in_rows_of_parts_only_documents_that_begin_with_a_part_cross_its_edge(documents, parts, part, tiles):
+    documents = [(min(length, parts * part), count) for length, count in documents]
+    rows = pack_rows([d[0] for d in documents], [d[1] for d in documents], parts * part, tiles, parts)
+    assert sorted(i for row in rows for i, _ in row) == list(range(len(documents)))
+    for row in rows:
+        assert row
+        assert row[0][1] == 0
+        end = 0
+        for i, start in row:
+            assert start >= end
+            end = start + documents[i][0]
+            assert start % part == 0 or start // part == (end - 1) // part
+        assert end <= parts * part
+        assert sum(documents[i][1] for i, _ in row) <= tiles
 
 
 @settings(deadline=None)
@@ -28,7 +46,7 @@ def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, ti
 def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles):
     lengths, counts, tokens = [d[0] for d in documents], [d[1] for d in documents], 30
     left = set(range(len(documents)))
-    for row in pack_rows(lengths, counts, tokens, tiles):
+    for row in ([i for i, _ in row] for row in pack_rows(lengths, counts, tokens, tiles)):
         first = max(left, key=lambda i: (lengths[i], -i))
         assert row[0] == first
         others = sorted(left - {first})
@@ -69,7 +87,7 @@ def test_a_cycle_has_each_document_as_often_as_any_other_of_its_source(sources, 
     for cycle in range(2):
         seen = [np.zeros(len(length), int) for length in lengths]
         for n in range(count):
-            for source, document in packing.row(cycle * count + n):
+            for source, document, _ in packing.row(cycle * count + n):
                 seen[source][document] += 1
         assert [int(s.sum()) for s in seen] == list(packing.documents_per_cycle)
         assert all(s.max() - s.min() <= 1 for s in seen)
@@ -81,7 +99,7 @@ def test_sources_have_their_share_of_the_tokens_from_the_start():
     for rows in (range(200), range(200, 400)):
         tokens = np.zeros(2)
         for n in rows:
-            for source, document in packing.row(n):
+            for source, document, _ in packing.row(n):
                 tokens[source] += lengths[source][document]
         assert abs(tokens[0] / tokens.sum() - 0.7) < 0.03
 

@@ -27,9 +27,9 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def row_documents(dataset: Dataset, n: int) -> list[tuple[str, int]]:
-    """(source, number) of each document in row n; batch b holds rows b * batch_size and on."""
-    return [(dataset.source_names[source], number) for source, number in dataset._packing.row(n)]
+def row_documents(dataset: Dataset, n: int) -> list[tuple[str, int, int]]:
+    """(source, number, place) of each document in row n; batch b holds rows b * batch_size and on."""
+    return [(dataset.source_names[source], number, start) for source, number, start in dataset._packing.row(n)]
 
 
 def slow_scene(dataset: Dataset, config, image, index: int):
@@ -50,13 +50,21 @@ def slow_scene(dataset: Dataset, config, image, index: int):
     )
 
 
+def pad_to(row: dict[str, list], length: int, dataset: Dataset) -> None:
+    while len(row["tokens"]) < length:
+        row["tokens"].append(dataset.tokenizer.special[PAD])
+        for name in ("targets", "loss_weights", "segment_ids", "positions", "source_ids"):
+            row[name].append(0)
+
+
 def slow_batch(dataset: Dataset, config, image, n: int, first_scene: int):
     B, S, M = config.batch_size, config.sequence_length, config.tiles_per_row
     rows = []
     for b in range(B):
         row = {name: [] for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions", "source_ids")}
         row["image_tiles"], row["image_positions"] = [], []
-        for segment, (source, number) in enumerate(row_documents(dataset, n * B + b), start=1):
+        for segment, (source, number, start) in enumerate(row_documents(dataset, n * B + b), start=1):
+            pad_to(row, start, dataset)
             if source == "scenes":
                 tokens, weights, picture = slow_scene(dataset, config, image, first_scene + number)
                 patches = [
@@ -75,10 +83,7 @@ def slow_batch(dataset: Dataset, config, image, n: int, first_scene: int):
                 row["segment_ids"].append(segment)
                 row["positions"].append(i)
                 row["source_ids"].append(1 + sorted(config.mixture).index(source))
-        while len(row["tokens"]) < S:
-            row["tokens"].append(dataset.tokenizer.special[PAD])
-            for name in ("targets", "loss_weights", "segment_ids", "positions", "source_ids"):
-                row[name].append(0)
+        pad_to(row, S, dataset)
         while len(row["image_tiles"]) < M:
             row["image_tiles"].append(np.zeros((image.tile_size, image.tile_size, 3)))
             row["image_positions"].append([-1] * image.tokens_per_tile)
@@ -90,6 +95,16 @@ def slow_batch(dataset: Dataset, config, image, n: int, first_scene: int):
 @pytest.mark.parametrize("n", [0, 1, 17, 10**6])
 def test_a_batch_is_what_a_slow_derivation_gives(dataset, config, image, n):
     assert_equal(dataset.batch(n), slow_batch(dataset, config, image, n, 0))
+
+
+def test_in_rows_of_parts_documents_begin_where_they_should(config, image):
+    parts = dataclasses.replace(config, row_parts=2)
+    dataset = build_dataset(parts, image, "train")
+    batches = [dataset.batch(n) for n in range(4)]
+    assert_equal(batches[3], slow_batch(dataset, parts, image, 3, 0))
+    gaps = [ids[:, 127] == 0 for ids in (batch["segment_ids"] for batch in batches)]
+    follow = [batch["segment_ids"][:, 128] > 0 for batch in batches]
+    assert any((gap & after).any() for gap, after in zip(gaps, follow, strict=True))  # padding within a row
 
 
 def test_held_out_batches_too_and_answers_weigh_as_configured(config, image):
@@ -135,7 +150,7 @@ def test_text_bytes_are_those_of_the_documents(dataset, config):
     total = 0
     for n in range(8):
         rows = [row_documents(dataset, n * config.batch_size + b) for b in range(config.batch_size)]
-        documents = [source_of_text.document(number) for row in rows for source, number in row if source == "text"]
+        documents = [source_of_text.document(number) for row in rows for source, number, _ in row if source == "text"]
         expected = sum(len(dataset.tokenizer.decode(document.tokens_S).encode()) for document in documents)
         assert dataset.target_bytes(dataset.batch(n)) == expected
         total += expected

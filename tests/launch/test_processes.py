@@ -45,8 +45,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_a_run_goes_on_with_another_number_of_processes_as_if_nothing_had_happened(
     alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    for steps, processes in ((2, 4), (4, 1), (6, 2)):
-        output = finish(begin(tmp_path, *CONSTANT, f"--processes={processes}", "--allow-config-change", steps=steps))
+    for steps, processes, context in ((2, 4, 2), (4, 1, 1), (6, 2, 2)):
+        mesh = (f"--processes={processes}", f"--config.mesh.context={context}")
+        output = finish(begin(tmp_path, *CONSTANT, *mesh, "--allow-config-change", steps=steps))
         assert output.count(f"step {steps}/{steps}  train") == 1, output  # one process speaks
         assert "Gloo" not in output
     assert_same_run([record for record in metrics(tmp_path) if record["kind"] == "train"], alone)

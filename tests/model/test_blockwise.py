@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model import blockwise
-from model.blockwise import Blockwise, Given, Tokens, allowed, blockwise_attention
+from model.blockwise import Blockwise, Tokens, allowed, blockwise_attention
 
 B, K, G, H = 2, 2, 3, 4
 CHUNK = 6
@@ -83,7 +83,7 @@ def test_keys_may_come_in_parts_and_in_any_order(monkeypatch: pytest.MonkeyPatch
             sums = kernel.add(sums, q, k_part, v_part, row, tokens)
         out, log_total = kernel.finish(sums, q.dtype)
         close(out, expected)
-        given = Given.of(d_out, out, log_total)
+        given = kernel.given(d_out, out, log_total)
         found = [kernel.gradient(given, q, *part[:2], row, part[2]) for part in parts]
         in_order = [found[i] for i in (1, 3, 0, 2)]
         d_k, d_v = (np.concatenate([part[i] for part in in_order], axis=2) for i in (1, 2))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from model.moe import within_capacity
+from sharding.place import Place
 from tests.oracle_cases import (
     COEFFICIENTS,
     FAST_COMPILE,
@@ -36,7 +37,7 @@ def sums(capacity_factor: float) -> tuple[float, dict[str, Any]]:
 @pytest.mark.parametrize("capacity", [0, 1, 3, 100])
 def test_the_first_tokens_of_a_row_find_room(capacity: int) -> None:
     choice = np.random.default_rng(0).integers(0, E + 1, (ROWS * 20, 2))  # E stands for padding
-    found = within_capacity(jnp.asarray(choice), ROWS, E, capacity)
+    found = within_capacity(jnp.asarray(choice), ROWS, E, capacity, Place())
     expected = choice.copy()
     for row in range(ROWS):
         taken = np.zeros(E + 1, int)

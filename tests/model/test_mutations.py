@@ -17,6 +17,7 @@ import pytest
 from model import attention, blockwise, moe, transformer, vision
 from model.blockwise import Tokens
 from model.config import ModelConfig
+from sharding.place import Place
 from tests import oracle, oracle_cases
 from tests.oracle_cases import (
     TINY,
@@ -131,27 +132,29 @@ def no_qk_norm(patch: Patch) -> None:
 
 
 def around_attention(change: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[[Patch], None]:
-    """Replaces queries and keys by `change(q, k, tokens, chunk)` just before they meet."""
+    """Replaces queries and keys by `change(q, k, layout, chunk)` just before they meet."""
     original = attention.packed_attention
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, chunk: int | None) -> jax.Array:
-        return original(*change(q, k, tokens, chunk), v, tokens, chunk)
+    def packed(
+        q: jax.Array, k: jax.Array, v: jax.Array, layout: attention.Layout, chunk: int | None, place: Place
+    ) -> jax.Array:
+        return original(*change(q, k, layout, chunk), v, layout, chunk, place)
 
     return lambda patch: patch.setattr(attention, "packed_attention", packed)
 
 
 @around_attention
 def qk_norm_on_nope_layers(
-    q: jax.Array, k: jax.Array, tokens: Tokens, chunk: int | None
+    q: jax.Array, k: jax.Array, layout: attention.Layout, chunk: int | None
 ) -> tuple[jax.Array, jax.Array]:
     return (q, k) if chunk else (attention.rms_normalize(q, 1e-5), attention.rms_normalize(k, 1e-5))
 
 
 @around_attention
 def temperature_on_rope_layers(
-    q: jax.Array, k: jax.Array, tokens: Tokens, chunk: int | None
+    q: jax.Array, k: jax.Array, layout: attention.Layout, chunk: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    return (q * attention.temperature(tokens.positions, SMALL)[..., None, None] if chunk else q), k
+    return (q * attention.temperature(layout.temperature_positions_BS, SMALL)[..., None, None] if chunk else q), k
 
 
 def temperature_with(factor: Callable[[jax.Array, ModelConfig], jax.Array]) -> Callable[[Patch], None]:
@@ -170,8 +173,8 @@ def temperature_counted_from_the(start: str) -> Callable[[Patch], None]:
     """Whatever the config says."""
     original = attention.Layout.of
 
-    def of(segment_ids: jax.Array, positions: jax.Array, config: ModelConfig) -> Any:
-        return original(segment_ids, positions, dataclasses.replace(config, temperature_from=start))
+    def of(segment_ids: jax.Array, positions: jax.Array, config: ModelConfig, place: Place) -> Any:
+        return original(segment_ids, positions, dataclasses.replace(config, temperature_from=start), place)
 
     return lambda patch: patch.setattr(attention.Layout, "of", of)
 
@@ -179,9 +182,9 @@ def temperature_counted_from_the(start: str) -> Callable[[Patch], None]:
 def interleaved_query_groups(patch: Patch) -> None:
     original = attention.packed_attention
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, chunk: int | None) -> jax.Array:
+    def packed(q: jax.Array, k: jax.Array, *others: Any) -> jax.Array:
         by_group = np.argsort(np.arange(q.shape[2]) % k.shape[2], kind="stable")
-        return original(q[:, :, by_group], k, v, tokens, chunk)[:, :, np.argsort(by_group)]
+        return original(q[:, :, by_group], k, *others)[:, :, np.argsort(by_group)]
 
     patch.setattr(attention, "packed_attention", packed)
 

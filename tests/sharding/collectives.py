@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -34,6 +33,7 @@ MESHES = (
     {"data": 8},
     {"fsdp": 8},
     {"fsdp": 2, "expert": 4},
+    {"fsdp": 2, "context": 4},
     {"fsdp": 4, "tensor": 2},
     {"fsdp": 2, "expert": 2, "tensor": 2},
 )
@@ -120,13 +120,14 @@ def compiled(sizes: dict[str, int], topology_name: str) -> tuple[str, str]:
     skeleton = Skeleton(model, mesh)
     state = abstract_state(run, skeleton)
 
-    def split(shape: tuple[int, ...], dtype: str) -> Any:
-        return jax.ShapeDtypeStruct((ROWS, *shape), dtype, sharding=mesh.rows)
-
     names = ("tokens", "targets", "segment_ids", "positions", "source_ids")
-    batch = {name: split((LENGTH,), "int32") for name in names} | {"loss_weights": split((LENGTH,), "float32")}
-    batch |= {"image_tiles": split((2, 56, 56, 3), "uint8")}
-    batch |= {"image_positions": split((2, vision.tokens_per_tile), "int32")}
+    shapes = dict.fromkeys(names, ((ROWS, LENGTH), "int32")) | {"loss_weights": ((ROWS, LENGTH), "float32")}
+    shapes |= {"image_tiles": ((ROWS, 2, 56, 56, 3), "uint8")}
+    shapes |= {"image_positions": ((ROWS, 2, vision.tokens_per_tile), "int32")}
+    shardings = mesh.batch(shapes)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name]) for name, (shape, dtype) in shapes.items()
+    }
     step = make_train_step(run, skeleton, next_token_objective(run.objective, 2))
     outputs = jax.tree.map(lambda leaf: leaf.sharding, state), mesh.everywhere
     lowered = jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(state, batch)

@@ -40,7 +40,7 @@ from trainer.initialise import abstract_state
 from trainer.objective import next_token_objective
 from trainer.step import Skeleton, init_state, loss_and_gradient, make_train_step
 
-DEVICES, ROWS, STEPS, SEED = 8, 16, 10, 3
+DEVICES, ROWS, LENGTH, STEPS, SEED = 8, 16, 32, 10, 3
 FLOAT64, LOSS, GRADIENT, WEIGHTS = 1e-10, 1e-5, 1e-4, 1e-4
 """What may differ; see above."""
 
@@ -84,12 +84,12 @@ def in_precision(case: str, dtype: str) -> tuple[ModelConfig, Any, Any, dict[str
     params = random_params(model, SEED)
     if dtype == "float64":
         params = oracle.as_float64(params)
-    return model, params, random_bias(model, SEED), random_batch(model, SEED, rows=ROWS), parts
+    return model, params, random_bias(model, SEED), random_batch(model, SEED, rows=ROWS, length=LENGTH), parts
 
 
 def placed(mesh: DeviceMesh, batch: dict[str, np.ndarray], parts: int) -> dict[str, jax.Array]:
     order = mesh.row_order(ROWS, parts)
-    return jax.device_put({name: array[order] for name, array in batch.items()}, mesh.rows)
+    return jax.device_put({name: array[order] for name, array in batch.items()}, mesh.batch(batch))
 
 
 def loss_sums_gradient(case: str, dtype: str, mesh: DeviceMesh) -> Any:

@@ -10,7 +10,7 @@ from data.config import DataConfig
 from sharding.config import MeshConfig, meshes
 from sharding.errors import UserError
 from tests.sharding.sameness import WIDE
-from trainer.config import OptimizerConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.initialise import abstract_state
 from trainer.memory import tree_bytes
 from trainer.placement import memory_line, mesh_problems, place_run
@@ -18,30 +18,31 @@ from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton
 
 
-def run_on(model: Any = WIDE, rows: int = 16, parts: int = 1, **mesh: int) -> RunConfig:
-    optimizer = OptimizerConfig(accumulate=parts)
-    return RunConfig(model=model, data=DataConfig(batch_size=rows), optimizer=optimizer, mesh=MeshConfig(**mesh))
+def run_on(model: Any = WIDE, rows: int = 16, length: int = 512, **mesh: int) -> RunConfig:
+    data = DataConfig(batch_size=rows, sequence_length=length)
+    return RunConfig(model=model, data=data, mesh=MeshConfig(**mesh))
 
 
 def placed(run: RunConfig, devices: int = 8) -> dict[str, int]:
-    return place_run(run, jax.devices()[:devices]).sizes
+    """Axes of more than one device."""
+    return {name: size for name, size in place_run(run, jax.devices()[:devices]).sizes.items() if size > 1}
 
 
 def test_an_axis_takes_the_devices_that_the_others_leave() -> None:
-    assert placed(run_on()) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
-    assert placed(run_on(data=2, expert=2)) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
-    assert placed(run_on(data=-1, fsdp=4)) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
-    assert placed(run_on(tensor=4)) == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 4}
-    assert placed(run_on(), devices=1) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert placed(run_on()) == {"fsdp": 8}
+    assert placed(run_on(data=2, expert=2)) == {"data": 2, "fsdp": 2, "expert": 2}
+    assert placed(run_on(data=-1, fsdp=4)) == {"data": 2, "fsdp": 4}
+    assert placed(run_on(context=2, tensor=2)) == {"fsdp": 2, "context": 2, "tensor": 2}
+    assert placed(run_on(), devices=1) == {}
 
 
 SEVEN_HEADS = dataclasses.replace(WIDE, num_heads=7, num_kv_heads=7)
 
 
 @pytest.mark.parametrize(("run", "words"), [
-    (run_on(data=3), "found data=3, fsdp=-1, expert=1, tensor=1, whose product does not make the 8 devices here. Meshes of "
-     "8 devices that fit this run, the nearest first: data=4, fsdp=2"),
-    (run_on(fsdp=4), "found data=1, fsdp=4, expert=1, tensor=1, whose product does not make the 8 devices here"),
+    (run_on(data=3), "found data=3, fsdp=-1, expert=1, context=1, tensor=1, whose product does not make the 8 devices here. "
+     "Meshes of 8 devices that fit this run, the nearest first: data=4, fsdp=2"),
+    (run_on(fsdp=4), "found data=1, fsdp=4, expert=1, context=1, tensor=1, whose product does not make the 8 devices here"),
     (run_on(dataclasses.replace(WIDE, num_experts=6), expert=4),
      "found fsdp=2, expert=4: model.num_experts=6 cannot be split into 4 equal parts. Meshes of 8 devices that fit this "
      "run, the nearest first: "),
@@ -49,11 +50,12 @@ SEVEN_HEADS = dataclasses.replace(WIDE, num_heads=7, num_kv_heads=7)
      "8 devices that fit this run, the nearest first: fsdp=4, tensor=2; data=2, fsdp=4;"),
     (run_on(dataclasses.replace(WIDE, moe_layer_step=0), expert=2), "the model has no experts to split, use fsdp"),
     (run_on(SEVEN_HEADS, tensor=2), "model.num_heads=7 cannot be split into 2 equal parts; model.num_kv_heads=7 cannot be "
-     "split into 2 equal parts. Meshes of 8 devices that fit this run, the nearest first: fsdp=4, expert=2; fsdp=8;"),
+     "split into 2 equal parts. Meshes of 8 devices that fit this run, the nearest first: fsdp=4, context=2; fsdp=4"),
     (run_on(dataclasses.replace(WIDE, vocab_size=23), tensor=2), "found fsdp=4, tensor=2: model.vocab_size=23 cannot be"),
-    (run_on(SEVEN_HEADS, rows=4), "the 4 rows of each of the optimizer.accumulate micro-batches of data.batch_size=4 cannot "
-     "be split into 8 equal parts. No mesh of 8 devices fits this run: their number must divide the rows of a micro-batch. "
-     "Take data.batch_size=8"),
+    (run_on(length=200, context=8), "found context=8: data.sequence_length=200 cannot be split into 16 equal parts. Meshes "
+     "of 8 devices that fit this run, the nearest first: "),
+    (run_on(SEVEN_HEADS, rows=4, length=511), "the 4 rows of each of the optimizer.accumulate micro-batches of "
+     "data.batch_size=4 cannot be split into 8 equal parts. No mesh of 8 devices fits this run. Take data.batch_size=8"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(run: RunConfig, words: str) -> None:
     with pytest.raises(UserError) as error:
@@ -61,13 +63,32 @@ def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(run: RunConfig, 
     assert words in str(error.value)
 
 
+def test_chunks_may_straddle_unless_the_packer_sees_to_it() -> None:
+    run = run_on(dataclasses.replace(WIDE, chunk_size=32), context=4)
+    for parts, straddle in ((1, True), (2, True), (4, False), (8, False)):
+        data = dataclasses.replace(run.data, row_parts=parts)
+        assert place_run(dataclasses.replace(run, data=data), jax.devices()[:8]).place.straddle == straddle
+
+
+def test_parts_of_rows_are_whole_chunks() -> None:
+    plain = to_plain(RunConfig(data=DataConfig(mixture={"text": 1.0}, sequence_length=16384)))
+    for parts, words in (
+        (3, "data.row_parts: found 3, expected a divisor of sequence_length=16384"),
+        (4, "data.row_parts: found 4, parts of 4096 tokens; expected parts of a multiple of model.chunk_size=8192"),
+    ):
+        with pytest.raises(UserError) as error:
+            from_plain(RunConfig, plain | {"data": plain["data"] | {"row_parts": parts}})
+        assert words in str(error.value)
+
+
 def test_what_is_suggested_fits() -> None:
     run = run_on(dataclasses.replace(WIDE, num_experts=6, hidden_size=12), rows=24)
     fitting = [sizes for sizes in meshes(6) if not mesh_problems(run, sizes)]
     assert len(fitting) > 1
     for sizes in fitting:
-        assert placed(dataclasses.replace(run, mesh=MeshConfig(**sizes)), 6) == sizes
-        Skeleton(run.model, place_run(dataclasses.replace(run, mesh=MeshConfig(**sizes)), jax.devices()[:6]))
+        mesh = place_run(dataclasses.replace(run, mesh=MeshConfig(**sizes)), jax.devices()[:6])
+        assert mesh.sizes == sizes
+        Skeleton(run.model, mesh)
 
 
 @pytest.mark.parametrize(("mesh", "words"), [
