@@ -11,14 +11,17 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attention, Layout
+from model.blockwise import Tokens
 from model.cache import Cache, Cached, KeysValues, chunk_of, filled
 from model.config import LayerKind, ModelConfig
 from model.grouped_ffn import kernel_for
 from model.layers import constant, matrix, normal, pick, rms_norm, scan_stacked
-from model.moe import MoE, RouterStats, SwiGLU
+from model.moe import MoE, RouterBias, RouterStats, SwiGLU
 from model.vision import Vision, encode_used_tiles
+from sharding import stage
 from sharding.place import GATHERED_WEIGHT, Place
 
 Batch = Mapping[str, jax.Array]
@@ -131,6 +134,11 @@ class Transformer(nnx.Module):
             return nnx.List([Layer(config, kind, place, rngs) for kind in kinds])
 
         self.blocks = stacked_super_blocks(rngs)
+        for weight in jax.tree.leaves(
+            nnx.state(self.blocks, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param)
+        ):
+            others = ("-",) * (weight.get_value().ndim - 1 - len(weight.get_metadata()["dims"]))
+            weight.set_metadata(dims=("repeats", *others, *weight.get_metadata()["dims"]))
         self.final_norm = constant((D,), 1.0, dtype)
         if not config.tie_embeddings:
             self.lm_head = matrix(rngs, (D, V), "width vocab", D, config)
@@ -243,7 +251,7 @@ class Transformer(nnx.Module):
         makes of the layer's keys and values."""
         config, (graph, weights) = self.config, nnx.split(self.blocks)
 
-        def super_block(x_BSD, weights):
+        def super_block(x_BSD, weights, layout):
             outputs, stats, kept = [], [], []
             for layer in nnx.merge(graph, self.place.whole(weights, config.dtype)):
                 x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture, dropless=keep is not None)
@@ -252,16 +260,59 @@ class Transformer(nnx.Module):
                 kept += [keep(layer.kind, tokens)] if keep else []
             return x_BSD, (stack(outputs), stack(stats), tuple(kept))
 
-        policies = jax.checkpoint_policies
-        if config.remat != "none":
-            policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-            super_block = jax.checkpoint(super_block, policy=policy)
-        elif self.place.axes:
-            super_block = jax.checkpoint(super_block, policy=policies.save_anything_except_these_names(GATHERED_WEIGHT))
-        x_BSD, (layers, stats, kept) = self._scan(super_block, embedded_BSD, weights)
+        if self.place.size("stage") > 1:
+            x_BSD, stats = self._pipelined(super_block, embedded_BSD, layout.tokens, weights)
+            layers = kept = None
+        else:
+            recomputed = self._recomputed(lambda x_BSD, weights: super_block(x_BSD, weights, layout))
+            x_BSD, (layers, stats, kept) = self._scan(recomputed, embedded_BSD, weights)
         # [R, layers of a super-block, ...] -> [layers, ...]
         layers, stats = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (layers, stats))
         return Output(self._normed(x_BSD), stats, layers, embedded_BSD if capture else None), kept
+
+    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with what the config lets its backward pass compute again; never are gathered weights kept."""
+        policies = jax.checkpoint_policies
+        if self.config.remat != "none":
+            policy = policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
+            return jax.checkpoint(function, policy=policy)
+        if self.place.axes:
+            return jax.checkpoint(function, policy=policies.save_anything_except_these_names(GATHERED_WEIGHT))
+        return function
+
+    def _pipelined(
+        self, super_block: Callable[..., Any], embedded_BSD: jax.Array, tokens: Tokens, weights: nnx.State
+    ) -> tuple[jax.Array, Any]:
+        """All layers in a pipeline of devices, and the statistics [R, layers of a super-block, ...] of this one's repeats,
+        zeros for the others'."""
+        place = self.place
+        segments_MBS, positions_MBS = (
+            stage.micro_batches(place, array) for array in (tokens.segment_ids, tokens.positions)
+        )
+
+        def of_mine(weight):
+            share = stage.every if isinstance(weight, RouterBias) else stage.dealt
+            return weight.replace(share(place, weight.get_value()))
+
+        def is_weight(node):
+            return isinstance(node, nnx.Variable)
+
+        mine = jax.tree.map(of_mine, weights, is_leaf=is_weight)
+
+        @self._recomputed
+        def one_round(x_BSD, mine, number, round_, real):
+            picked = jax.tree.map(lambda stacked: checkpoint_name(pick(stacked, round_), GATHERED_WEIGHT), mine)
+            # Where there is no micro-batch, all is padding: no expert gets it, and it tells nothing.
+            segments_BS = jnp.where(real, segments_MBS[number], 0)
+            layout = Layout.of(segments_BS, positions_MBS[number], self.config, place)
+            x_BSD, (_, stats, _) = super_block(x_BSD, picked, layout)
+            return x_BSD, stats
+
+        def layers(x_BSD, number, round_, real):
+            return one_round(x_BSD, mine, number, round_, real)
+
+        x_BSD, stats = stage.pipeline(place, layers, embedded_BSD, self._repeats // place.size("stage"))
+        return x_BSD, jax.tree.map(lambda told: stage.of_all(place, told), stats)
 
     @property
     def _repeats(self) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 Problem = tuple[str, str]
 
-ROW_AXES = ("data", "fsdp", "expert")
+ROW_AXES = ("stage", "data", "fsdp", "expert")
 """Axes that split the rows of a batch."""
 AXES = (*ROW_AXES, "context", "tensor")
 """Axes of the mesh, the outermost first: neighbours on the last one are nearest to each other."""
@@ -18,8 +18,8 @@ REST = -1
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out: the product of the axes is their number. Rows of a batch are split over data, fsdp and
-    expert together."""
+    """How devices are laid out: the product of the axes is their number. Rows of a batch are split over stage, data, fsdp
+    and expert together."""
 
     MAY_BE_REST: ClassVar[frozenset[str]] = frozenset(AXES)
     """Options that may be -1."""
@@ -35,6 +35,10 @@ class MeshConfig:
     """Parts that each row is split into, and weights as over fsdp."""
     tensor: int = 1
     """Parts that the heads of attention, the inner width of feed-forward layers and the vocabulary are split into."""
+    stage: int = 1
+    """Parts that the repeats of the super-block are split into, for a circular pipeline."""
+    stage_batches: int = 1
+    """Micro-batches that the rows of a device are cut into for the pipeline: more of them leave it idle for less time."""
     expert_buffer: float = 1.5
     """Rows that a device can send to each other one in a round of the expert exchange, as a multiple of what balanced
     routing sends; more of them go in further rounds, none are dropped."""

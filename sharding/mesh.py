@@ -26,15 +26,13 @@ class DeviceMesh:
     rules: Rules = field(default_factory=Rules)
 
     @classmethod
-    def of(
-        cls, devices: Sequence[Any], sizes: Mapping[str, int], expert_buffer: float = 1.5, straddle: bool = True
-    ) -> "DeviceMesh":
-        """A mesh with these sizes of `AXES`, whose product is the number of devices; the rest as in `Place`."""
+    def of(cls, devices: Sequence[Any], sizes: Mapping[str, int], **options: Any) -> "DeviceMesh":
+        """A mesh with these sizes of `AXES`, whose product is the number of devices; options are those of `Place`."""
         shape = tuple(sizes.get(name, 1) for name in AXES)
         assert math.prod(shape) == len(devices)
         # Accelerators are put so that neighbours in the mesh are neighbours on the wires.
         mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), expert_buffer, straddle))
+        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), **options))
 
     @classmethod
     def alone(cls, device: Any | None = None) -> "DeviceMesh":

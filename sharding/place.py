@@ -35,13 +35,15 @@ class Place:
     """(axis, size) of the axes with more than one device."""
     expert_buffer: float = 1.5
     """See `MeshConfig`."""
+    stage_batches: int = 1
+    """See `MeshConfig`."""
     straddle: bool = True
     """Whether chunks may begin in one device's share of a row and end in another's; see `DataConfig.row_parts`."""
 
     @classmethod
-    def on(cls, sizes: dict[str, int], expert_buffer: float, straddle: bool) -> "Place":
+    def on(cls, sizes: dict[str, int], **options: Any) -> "Place":
         """The place in a mesh of these sizes."""
-        return cls(tuple((name, sizes[name]) for name in AXES if sizes[name] > 1), expert_buffer, straddle)
+        return cls(tuple((name, sizes[name]) for name in AXES if sizes[name] > 1), **options)
 
     @property
     def axes(self) -> Axes:

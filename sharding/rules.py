@@ -20,6 +20,8 @@ AS_FAR_AS_THEY_DIVIDE = ("vision_width", "adapter")
 class Rules:
     """The mesh axes of each name, outermost first; a name that is no field is whole on every device."""
 
+    repeats: Axes = ("stage",)
+    """Of the super-block, in its stacked weights. Never gathered: rows go from device to device."""
     width: Axes = ("fsdp", "expert", "context")
     """Of the model, in the weights that all tokens use."""
     vision_width: Axes = ("fsdp", "expert", "context")

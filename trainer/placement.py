@@ -33,8 +33,13 @@ def place_run(run: RunConfig, devices: Sequence[Any]) -> DeviceMesh:
     else:
         problems = mesh_problems(run, sizes)
         if not problems:
-            straddle = run.data.row_parts % sizes["context"] > 0
-            return DeviceMesh.of(devices, sizes, run.mesh.expert_buffer, straddle)
+            return DeviceMesh.of(
+                devices,
+                sizes,
+                expert_buffer=run.mesh.expert_buffer,
+                stage_batches=run.mesh.stage_batches,
+                straddle=run.data.row_parts % sizes["context"] > 0,
+            )
         wanted, found = sizes, f"found {written(sizes)}: {'; '.join(problems)}"
     raise UserError(f"mesh: {found}. {_cures(run, len(devices), wanted)}")
 
@@ -50,7 +55,16 @@ def mesh_problems(run: RunConfig, sizes: dict[str, int]) -> list[str]:
     splits |= dict.fromkeys(("num_heads", "num_kv_heads", "vocab_size"), tensor)
     splits |= {"num_experts": sizes["expert"], "expert_ffn_size": tensor} if experts else {}
     splits |= {} if all(kinds) else {"dense_ffn_size": tensor}
-    checks = [(micro_batch, math.prod(sizes[name] for name in ROW_AXES), f"{rows}={run.data.batch_size}")]
+    parts = math.prod(sizes[name] for name in ROW_AXES)
+    checks = [(micro_batch, parts, f"{rows}={run.data.batch_size}")]
+    if sizes["stage"] > 1:
+        block = len(model.super_block())
+        repeats = model.num_layers // block
+        blocks = f"the {repeats} super-block(s) of {block} layer(s) of model.num_layers={model.num_layers}"
+        checks.append((repeats, sizes["stage"], blocks))
+    if micro_batch % parts == 0:
+        here = f"the {micro_batch // parts} rows that a device has of a micro-batch"
+        checks.append((micro_batch // parts, run.mesh.stage_batches, f"{here} (mesh.stage_batches)"))
     if context > 1:  # twice, for a balanced ring
         checks.append((run.data.sequence_length, 2 * context, f"data.sequence_length={run.data.sequence_length}"))
     checks += [(getattr(model, name), by, f"model.{name}={getattr(model, name)}") for name, by in splits.items()]

@@ -34,6 +34,7 @@ MESHES = (
     {"fsdp": 8},
     {"fsdp": 2, "expert": 4},
     {"fsdp": 2, "context": 4},
+    {"stage": 2, "fsdp": 4},
     {"fsdp": 4, "tensor": 2},
     {"fsdp": 2, "expert": 2, "tensor": 2},
 )

@@ -40,7 +40,7 @@ from trainer.initialise import abstract_state
 from trainer.objective import next_token_objective
 from trainer.step import Skeleton, init_state, loss_and_gradient, make_train_step
 
-DEVICES, ROWS, LENGTH, STEPS, SEED = 8, 16, 32, 10, 3
+DEVICES, ROWS, LENGTH, STEPS, SEED = 8, 16, 32, 10, 6
 FLOAT64, LOSS, GRADIENT, WEIGHTS = 1e-10, 1e-5, 1e-4, 1e-4
 """What may differ; see above."""
 
@@ -60,6 +60,7 @@ CASES: dict[str, tuple[ModelConfig, int]] = {
     "experts everywhere, images": (
         dataclasses.replace(
             WIDE,
+            num_layers=8,
             moe_layer_step=1,
             nope_layer_step=2,
             experts_per_token=2,
@@ -70,7 +71,13 @@ CASES: dict[str, tuple[ModelConfig, int]] = {
     ),
     "experts in turn, tied": (
         dataclasses.replace(
-            WIDE, moe_layer_step=2, nope_layer_step=4, tie_embeddings=True, remat="none", capacity_factor=1.0
+            WIDE,
+            num_layers=8,
+            moe_layer_step=2,
+            nope_layer_step=4,
+            tie_embeddings=True,
+            remat="none",
+            capacity_factor=1.0,
         ),
         1,
     ),
@@ -166,9 +173,16 @@ def of_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
 
 
-def compare(case: str, sizes: dict[str, int], only_float64: bool) -> tuple[bool, str]:
-    """Whether a mesh gives what one device does, and a line that says how close."""
-    mesh = DeviceMesh.of(jax.devices()[:DEVICES], sizes)
+def fitting(case: str) -> list[dict[str, int]]:
+    """The meshes that the case's layers can be split over; all else divides."""
+    model = CASES[case][0]
+    repeats = model.num_layers // len(model.super_block())
+    return [sizes for sizes in meshes(DEVICES) if repeats % sizes["stage"] == 0]
+
+
+def compare(case: str, sizes: dict[str, int], only_float64: bool, **options: Any) -> tuple[bool, str]:
+    """Whether a mesh, with options as in `Place`, gives what one device does, and a line that says how close."""
+    mesh = DeviceMesh.of(jax.devices()[:DEVICES], sizes, **options)
     with jax.enable_x64(True):
         found, expected = loss_sums_gradient(case, "float64", mesh), alone_losses(case, "float64")
     wide = largest(of_norm, found, expected)
@@ -187,20 +201,28 @@ def compare(case: str, sizes: dict[str, int], only_float64: bool) -> tuple[bool,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--meshes", nargs="+", help="default: every mesh of 8 devices")
+    parser.add_argument("--meshes", nargs="+", help="default: every mesh of 8 devices that divides the case")
     parser.add_argument("--float64", action="store_true", help="compare losses and gradients in float64, no more")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     asked = [dict(pair.split("=") for pair in mesh.split(",")) for mesh in options.meshes or []]
-    chosen = [{name: int(mesh.get(name, 1)) for name in AXES} for mesh in asked] or list(meshes(DEVICES))
-    wrong = 0
+    chosen = [{name: int(mesh.get(name, 1)) for name in AXES} for mesh in asked]
+    same, wrong, all_meshes = 0, 0, len(list(meshes(DEVICES)))
     for case in options.cases:
+        possible = fitting(case)
         print(f"{case} (router margin {router_margin(case):.0e})")
-        for sizes in chosen:
+        for sizes in chosen or possible:
+            if sizes not in possible:
+                print(f"  {written(sizes):28} not supported: stage does not divide the layers")
+                continue
             good, line = compare(case, sizes, options.float64)
-            wrong += not good
+            same, wrong = same + good, wrong + (not good)
             print(f"  {written(sizes):28} {'same' if good else 'DIFFERS':8} {line}", flush=True)
-    print(f"{len(options.cases) * len(chosen) - wrong} of {len(options.cases) * len(chosen)} are the same")
+        if not chosen:
+            print(
+                f"  not supported: {all_meshes - len(possible)} of {all_meshes}, whose stage does not divide the layers"
+            )
+    print(f"{same} of {same + wrong} are the same")
     return min(wrong, 1)
 
 

@@ -45,7 +45,7 @@ def one_device(rows: Any, weights: Any, sizes_PE: Any) -> jax.Array:
 @functools.cache
 def exchanged(buffer: float, others: int) -> Any:
     """The same on a mesh: the rows and the experts in parts; the rest of the mesh does the same again."""
-    mesh = DeviceMesh.of(jax.devices()[: PARTS * others], {"data": others, "expert": PARTS}, buffer)
+    mesh = DeviceMesh.of(jax.devices()[: PARTS * others], {"data": others, "expert": PARTS}, expert_buffer=buffer)
     split = P("expert")
 
     def on_one(rows: Any, weights: Any, sizes_PE: Any) -> jax.Array:

@@ -36,13 +36,16 @@ def test_an_axis_takes_the_devices_that_the_others_leave() -> None:
     assert placed(run_on(), devices=1) == {}
 
 
+ALIKE = dataclasses.replace(WIDE, num_layers=6, moe_layer_step=1, nope_layer_step=0)
+"""All layers are alike."""
 SEVEN_HEADS = dataclasses.replace(WIDE, num_heads=7, num_kv_heads=7)
 
 
 @pytest.mark.parametrize(("run", "words"), [
-    (run_on(data=3), "found data=3, fsdp=-1, expert=1, context=1, tensor=1, whose product does not make the 8 devices here. "
-     "Meshes of 8 devices that fit this run, the nearest first: data=4, fsdp=2"),
-    (run_on(fsdp=4), "found data=1, fsdp=4, expert=1, context=1, tensor=1, whose product does not make the 8 devices here"),
+    (run_on(data=3), "found stage=1, data=3, fsdp=-1, expert=1, context=1, tensor=1, whose product does not make the 8 "
+     "devices here. Meshes of 8 devices that fit this run, the nearest first: data=4, fsdp=2"),
+    (run_on(fsdp=4), "found stage=1, data=1, fsdp=4, expert=1, context=1, tensor=1, whose product does not make the 8 "
+     "devices here"),
     (run_on(dataclasses.replace(WIDE, num_experts=6), expert=4),
      "found fsdp=2, expert=4: model.num_experts=6 cannot be split into 4 equal parts. Meshes of 8 devices that fit this "
      "run, the nearest first: "),
@@ -52,6 +55,10 @@ SEVEN_HEADS = dataclasses.replace(WIDE, num_heads=7, num_kv_heads=7)
     (run_on(SEVEN_HEADS, tensor=2), "model.num_heads=7 cannot be split into 2 equal parts; model.num_kv_heads=7 cannot be "
      "split into 2 equal parts. Meshes of 8 devices that fit this run, the nearest first: fsdp=4, context=2; fsdp=4"),
     (run_on(dataclasses.replace(WIDE, vocab_size=23), tensor=2), "found fsdp=4, tensor=2: model.vocab_size=23 cannot be"),
+    (run_on(ALIKE, stage=4), "found stage=4, fsdp=2: the 6 super-block(s) of 1 layer(s) of model.num_layers=6 cannot be split "
+     "into 4 equal parts. Meshes of 8 devices that fit this run, the nearest first: stage=2, fsdp=2, tensor=2"),
+    (run_on(ALIKE, stage=2, stage_batches=4), "the 2 rows that a device has of a micro-batch "
+     "(mesh.stage_batches) cannot be split into 4 equal parts"),
     (run_on(length=200, context=8), "found context=8: data.sequence_length=200 cannot be split into 16 equal parts. Meshes "
      "of 8 devices that fit this run, the nearest first: "),
     (run_on(SEVEN_HEADS, rows=4, length=511), "the 4 rows of each of the optimizer.accumulate micro-batches of "
