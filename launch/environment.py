@@ -5,12 +5,19 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 DEFAULTS = {
     # Log lines of XLA's C++ side: errors only. Its warnings speak to people who build XLA.
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+
+NVIDIA_FLAGS = {
+    # Collectives run beside computation. The TPU compiler does that by itself (docs/MESH.md).
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+}
+"""Of XLA, where there is an NVIDIA GPU."""
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -28,6 +35,8 @@ def prepare(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if not has_accelerator():
         keep_freed_memory()
+    elif Path("/dev/nvidia0").exists():
+        os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), NVIDIA_FLAGS)
     if not verbose:
         _quieten()
 
@@ -38,6 +47,13 @@ def has_accelerator() -> bool:
     if chosen:
         return chosen != "cpu"
     return any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+
+
+def with_flags(given: str, flags: Mapping[str, str]) -> str:
+    """XLA_FLAGS with these flags as well, but for those that it sets already."""
+    names = {flag.lstrip("-").partition("=")[0] for flag in given.split()}
+    added = [f"--{name}={value}" for name, value in flags.items() if name not in names]
+    return " ".join([*given.split(), *added])
 
 
 def keep_freed_memory() -> None:

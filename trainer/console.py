@@ -87,6 +87,7 @@ class Console:
         if "peak_flops" in facts:
             lines["peak"] = f"{compact(facts['peak_flops'], 'FLOP/s')} ({facts['peak_source']})"
         lines["utilisation"] = facts.get("mfu_formula")
+        lines["compiler"] = facts.get("compiler_flags") or None
         self._print(Text(f"drover: {self._run.name}", style="bold"))
         known = {label: Text(str(value)) for label, value in lines.items() if value is not None}
         if self._out.is_terminal:

@@ -194,6 +194,7 @@ class Run:
             "devices": f"{len(mesh.devices)} x {device.device_kind} ({device.platform})",
             "mesh": written(mesh.sizes),
             "mesh_memory": memory_line(self.state, mesh),
+            "compiler_flags": " ".join(filter(None, map(os.environ.get, ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
             "peak_flops": self.peak.flops_per_s,
             "peak_source": self.peak.source,
             "flops_per_token": self.flops.training,

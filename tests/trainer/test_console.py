@@ -126,6 +126,8 @@ def test_the_banner_states_the_facts_that_are_known(terminal):
         "MFU = tokens/s x 3.3e+07 / peak FLOP/s",
     ):
         assert part in text, part
+    flagged = shown(facts=FACTS | {"compiler_flags": "--xla_a=1"}, terminal=terminal, entered=False, act=Console.banner)
+    assert "--xla_a=1" in flagged and "compiler" not in text
     bare = shown(facts={}, terminal=terminal, entered=False, act=Console.banner)
     assert "runs/tiny" in bare and "None" not in bare and "peak" not in bare
 
