@@ -62,21 +62,23 @@ def _ring(kernel, place, q, k, v, row):
 
 def _halves(place: Place, shares: Any) -> Any:
     """Shares [B,K,S,...] -> [2,B,K,h,...]: the first half of this device's, and the second half of its mirror image's."""
-    n = place.size(AXIS)
-    mirror = [(i, n - 1 - i) for i in range(n)]
 
     def halves(share: jax.Array) -> jax.Array:
         first, second = jnp.split(share, 2, axis=2)
-        return jnp.stack([first, lax.ppermute(second, AXIS, mirror)])
+        return jnp.stack([first, _mirrored(place, second)])
 
     return jax.tree.map(halves, shares)
 
 
 def _shares(place: Place, halves: jax.Array) -> jax.Array:
     """Back from `_halves`."""
+    return jnp.concatenate([halves[0], _mirrored(place, halves[1])], axis=2)
+
+
+def _mirrored(place: Place, array: jax.Array) -> jax.Array:
+    """What the mirror image of this device has."""
     n = place.size(AXIS)
-    mirror = [(i, n - 1 - i) for i in range(n)]
-    return jnp.concatenate([halves[0], lax.ppermute(halves[1], AXIS, mirror)], axis=2)
+    return lax.ppermute(array, AXIS, [(i, n - 1 - i) for i in range(n)])
 
 
 def _passed_on(place: Place, arrays: Any) -> Any:

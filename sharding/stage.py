@@ -26,11 +26,10 @@ def dealt(place: Place, repeats: jax.Array) -> jax.Array:
     P, each, mine = place.size(AXIS), repeats.shape[0], lax.axis_index(AXIS)
     if each == 1:
         return repeats
-    numbers = np.arange(P * each)
     room = -(-each // P)  # most repeats that go from one device to another
     sent = np.full((P, P, room), each)  # [from, to]: which of its own, or none
     found = np.zeros((P, each), int)  # [to]: where they are in what it received
-    for number in numbers:
+    for number in range(P * each):
         source, target = number // each, number % P
         place_in = int((sent[source, target] < each).sum())
         sent[source, target, place_in] = number % each
