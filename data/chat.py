@@ -10,25 +10,15 @@ between them. A system message that comes first is trimmed, all other text stays
 transformers `models/llama4/processing_llama4.py`, which is followed here but for tools.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from data.tokenizer import BEGIN_OF_TEXT, Tokenizer
+from data.sequence import End, Piece, Text, Token, encode
+from data.tokenizer import BEGIN_OF_TEXT, HEADER_END, HEADER_START, TURN_END, Tokenizer
 from sharding.errors import UserError
-
-HEADER_START = "<|header_start|>"
-HEADER_END = "<|header_end|>"
-TURN_END = "<|eot|>"
 
 ROLES = ("system", "user", "assistant")
 """Who may speak."""
-
-
-class Picture(NamedTuple):
-    """A picture in a message."""
-
-    names: Sequence[str]
-    """The tokens that stand for it, from `data.images.layout`."""
 
 
 class Message(NamedTuple):
@@ -36,56 +26,63 @@ class Message(NamedTuple):
 
     role: str
     """One of `ROLES`."""
-    content: str | Sequence[str | Picture]
-    """Text, or texts and pictures in their order."""
+    content: str | Sequence[str | Piece | Sequence[Piece]]
+    """Text, or texts and what else stands among them, such as the tokens of a picture, in their order."""
 
 
-def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool = True) -> list[int]:
-    """Token ids of a conversation.
+def chat_pieces(messages: Sequence[Message], ask: bool = False, weights: bool = False) -> Iterator[Piece]:
+    """A conversation, piece by piece.
 
     Args:
-        tokenizer: has the tokens of headers and turns.
         messages: the turns, first to last.
         ask: end with the header of an answer, for the model to go on from.
+        weights: the end of an assistant's turn weighs 1 in the loss, all else that is no `Text` of a message 0.
 
     Raises:
-        UserError: the tokenizer lacks a token of the format, or a role is unknown.
+        UserError: a role is unknown.
     """
+    yield Token(BEGIN_OF_TEXT)
+    for i, (role, content) in enumerate(messages):
+        if role not in ROLES:
+            raise UserError(f"message {i}, role: found {role!r}, expected one of {', '.join(ROLES)}.")
+        yield from _header(role)
+        for part in [content] if isinstance(content, str) else content:
+            if isinstance(part, str):
+                part = Text(part)
+            if isinstance(part, Text):
+                yield part._replace(text=part.text.strip()) if role == "system" and i == 0 else part
+            elif isinstance(part, Token | End):
+                yield part
+            else:
+                yield from part
+        yield Token(TURN_END, float(weights and role == "assistant"))
+    if ask:
+        yield from _header("assistant")
+
+
+def _header(role: str) -> Iterator[Piece]:
+    yield Token(HEADER_START)
+    yield Text(role, 0.0)
+    yield Token(HEADER_END)
+    yield Text("\n\n", 0.0)
+
+
+def need_turns(tokenizer: Tokenizer) -> None:
+    """Raises `UserError` if the tokenizer lacks a token of the format."""
     try:
         tokenizer.require((BEGIN_OF_TEXT, HEADER_START, HEADER_END, TURN_END))
     except UserError as error:
         raise UserError(f"A chat needs the tokens of Llama 4's turns. {error}") from error
-    ids: list[int] = []
-    text = ""  # what stands between two special tokens is encoded as one, as programs do that use the template
 
-    def place(name: str) -> None:
-        nonlocal text
-        ids.extend(tokenizer.encode(text))
-        ids.append(tokenizer.special[name])
-        text = ""
 
-    def begin_turn(role: str) -> None:
-        nonlocal text
-        place(HEADER_START)
-        text = role
-        place(HEADER_END)
-        text = "\n\n"
+def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool = True) -> list[int]:
+    """Token ids of a conversation; with `ask`, up to where the assistant is to speak.
 
-    place(BEGIN_OF_TEXT)
-    for i, (role, content) in enumerate(messages):
-        if role not in ROLES:
-            raise UserError(f"message {i}, role: found {role!r}, expected one of {', '.join(ROLES)}.")
-        begin_turn(role)
-        for part in [content] if isinstance(content, str) else content:
-            if isinstance(part, str):
-                text += part.strip() if role == "system" and i == 0 else part
-            else:
-                for name in part.names:
-                    place(name)
-        place(TURN_END)
-    if ask:
-        begin_turn("assistant")
-    return [*ids, *tokenizer.encode(text)]
+    Raises:
+        UserError: the tokenizer lacks a token of the format, or a role is unknown.
+    """
+    need_turns(tokenizer)
+    return encode(tokenizer, chat_pieces(messages, ask)).ids
 
 
 CHAT_TEMPLATE = """\

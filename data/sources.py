@@ -22,7 +22,6 @@ from data.tokenizer import (
     BEGIN_OF_TEXT,
     END_OF_TEXT,
     IMAGE_TOKENS,
-    SPECIAL_TOKENS,
     TEXT_TOKENS,
     Tokenizer,
     load_bpe,
@@ -97,7 +96,7 @@ def load_tokenizer(config: DataConfig, image: ImageSpec | None) -> Tokenizer:
     if config.tokenizer != "bpe":
         try:
             tokenizer = load_file(config.tokenizer)
-            tokenizer.require(SPECIAL_TOKENS if with_scenes else TEXT_TOKENS)
+            tokenizer.require((*TEXT_TOKENS, *IMAGE_TOKENS) if with_scenes else TEXT_TOKENS)
         except UserError as error:
             raise UserError(f"data.tokenizer (bpe, bytes or a path): {error}") from error
         return tokenizer

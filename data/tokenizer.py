@@ -26,15 +26,28 @@ TILE_X_SEPARATOR = "<|tile_x_separator|>"
 TILE_Y_SEPARATOR = "<|tile_y_separator|>"
 IMAGE = "<|image|>"
 PATCH = "<|patch|>"
+HEADER_START = "<|header_start|>"
+HEADER_END = "<|header_end|>"
+TURN_END = "<|eot|>"
+VIDEO_START = "<|video_start|>"
+VIDEO_END = "<|video_end|>"
+AUDIO_START = "<|audio_start|>"
+AUDIO_END = "<|audio_end|>"
+AUDIO = "<|audio|>"
 
 TEXT_TOKENS = (BEGIN_OF_TEXT, END_OF_TEXT, PAD)
 """Tokens that every document or row needs."""
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, TILE_X_SEPARATOR, TILE_Y_SEPARATOR, IMAGE, PATCH)
 """Tokens that stand for a picture. They are never predicted: as targets they have weight 0."""
-SPECIAL_TOKENS = (*TEXT_TOKENS, *IMAGE_TOKENS)
+TURN_TOKENS = (HEADER_START, HEADER_END, TURN_END)
+"""Tokens of conversations."""
+VIDEO_TOKENS = (VIDEO_START, VIDEO_END)
+AUDIO_TOKENS = (AUDIO_START, AUDIO_END, AUDIO)
+"""Tokens that stand for videos, with those of pictures, and for sounds. They are ours, not Llama 4's, and never predicted."""
+SPECIAL_TOKENS = (*TEXT_TOKENS, *IMAGE_TOKENS, *TURN_TOKENS, *VIDEO_TOKENS, *AUDIO_TOKENS)
 """Special tokens of the tokenizers made here, in the order of their ids."""
 
-_FORMAT = "2"
+_FORMAT = "3"
 _BYTES = 256
 _FILE_NAME = "tokenizer.json"
 _OTHER_FORMATS = {
@@ -94,6 +107,11 @@ class Tokenizer:
         """Ids of each text, encoded apart."""
         encoded = [_encodable(text) for text in texts]
         return [e.ids for e in self._bpe.encode_batch_fast(encoded, add_special_tokens=False)]
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of the text, and for each where it ends, in characters."""
+        encoded = self._bpe.encode(_encodable(text), add_special_tokens=False)
+        return encoded.ids, [end for _, end in encoded.offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, without special tokens. Bytes that are no UTF-8 become U+FFFD."""

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.chat import Message, Picture, chat_tokens
+from data.chat import Message, chat_tokens
 from data.config import ImageSpec
 from data.images import layout, load_image, tiles
+from data.sequence import Token
 from data.tokenizer import BEGIN_OF_TEXT, IMAGE_TOKENS, PATCH, Tokenizer
 from sharding.errors import UserError
 from trainer.decode import Prompt
@@ -30,7 +31,7 @@ def document(model: LoadedModel, parts: Sequence[Part]) -> Prompt:
             ids += tokenizer.encode(part)
         else:
             picture = _picture(part, model, tokenizer, cut)
-            ids += [tokenizer.special[name] for name in picture.names]
+            ids += [tokenizer.special[token.name] for token in picture]
     return _prompt(ids, cut, tokenizer)
 
 
@@ -49,13 +50,13 @@ def conversation(model: LoadedModel, messages: Sequence[tuple[str, Sequence[Part
     return _prompt(chat_tokens(tokenizer, turns, ask), cut, tokenizer)
 
 
-def _picture(path: Path, model: LoadedModel, tokenizer: Tokenizer, cut: list[np.ndarray]) -> Picture:
+def _picture(path: Path, model: LoadedModel, tokenizer: Tokenizer, cut: list[np.ndarray]) -> list[Token]:
     """The tokens of an image, whose tiles are appended to `cut`."""
     spec = need_images(model)
     tokenizer.require(IMAGE_TOKENS)
     tiles_M, canvas = tiles(load_image(path), spec)
     cut.append(tiles_M)
-    return Picture(layout(canvas, spec))
+    return [Token(name) for name in layout(canvas, spec)]
 
 
 def need_images(model: LoadedModel) -> ImageSpec:

@@ -6,10 +6,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data.chat import HEADER_END, HEADER_START, TURN_END
 from data.tokenizer import (
     BEGIN_OF_TEXT,
     END_OF_TEXT,
+    HEADER_END,
+    HEADER_START,
     IMAGE,
     IMAGE_END,
     IMAGE_START,
@@ -17,6 +18,7 @@ from data.tokenizer import (
     PATCH,
     TILE_X_SEPARATOR,
     TILE_Y_SEPARATOR,
+    TURN_END,
 )
 
 SPECIAL = (

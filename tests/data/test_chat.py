@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
-from data.chat import CHAT_TEMPLATE, HEADER_END, HEADER_START, ROLES, TURN_END, Message, Picture, chat_tokens
+from data.chat import CHAT_TEMPLATE, ROLES, Message, chat_pieces, chat_tokens
 from data.config import ImageSpec
 from data.images import layout
-from data.tokenizer import BEGIN_OF_TEXT, IMAGE, PATCH, Tokenizer, load_bytes
+from data.sequence import End, Text, Token, encode
+from data.tokenizer import BEGIN_OF_TEXT, HEADER_END, HEADER_START, IMAGE, PATCH, TURN_END, Tokenizer, load_bytes
 from sharding.errors import UserError
 from tests.data import llama4
 
@@ -16,7 +17,9 @@ TOKENIZER = Tokenizer(llama4.serialised())
 PLAIN_TEXT = st.text(st.sampled_from("\n a."), max_size=5) | st.text(st.characters(exclude_categories=["Cs"])).filter(
     lambda text: "<|" not in text
 )
-PICTURE = st.sampled_from([(1, 1), (1, 2), (2, 2)]).map(lambda canvas: Picture(layout(canvas, ImageSpec(56, 4, 4))))
+PICTURE = st.sampled_from([(1, 1), (1, 2), (2, 2)]).map(
+    lambda canvas: [Token(name) for name in layout(canvas, ImageSpec(56, 4, 4))]
+)
 
 
 def messages(text):
@@ -30,20 +33,17 @@ def written(chat: list[Message], ask: bool) -> str:
     for role, content in chat:
         inner = ""
         for part in [content] if isinstance(content, str) else content:
-            inner += (
-                "".join(part.names)
-                if isinstance(part, Picture)
-                else part
-                if turns or role != "system"
-                else part.strip()
-            )
+            if isinstance(part, str):
+                inner += part.strip() if not turns and role == "system" else part
+            else:
+                inner += "".join(token.name for token in part)
         turns.append(f"<|header_start|>{role}<|header_end|>\n\n{inner}<|eot|>")
     return "<|begin_of_text|>" + "".join(turns) + "<|header_start|>assistant<|header_end|>\n\n" * ask
 
 
 def test_a_question_reads_as_llama_4s():
     special, encode = TOKENIZER.special, TOKENIZER.encode
-    chat = [Message("system", "Be brief. "), Message("user", [Picture([IMAGE, PATCH]), " What is this?\n"])]
+    chat = [Message("system", "Be brief. "), Message("user", [[Token(IMAGE), Token(PATCH)], " What is this?\n"])]
     header = {
         role: [special[HEADER_START], *encode(role), special[HEADER_END]] for role in ("system", "user", "assistant")
     }
@@ -80,10 +80,51 @@ def test_content_cannot_forge_a_turn_or_a_picture(text, name):
 
 
 def test_a_tokenizer_without_turns_is_refused():
-    with pytest.raises(
-        UserError, match=r"needs the tokens of Llama 4's turns\. .*bytes: .*<\|header_start\|>.*<\|eot\|>"
-    ):
-        chat_tokens(load_bytes(), [Message("user", "a")])
+    library = Library.from_str(load_bytes().serialised)
+    plain = Tokenizer(library.to_str().replace(TURN_END, "<|end|>"), "mine")
+    with pytest.raises(UserError, match=r"needs the tokens of Llama 4's turns\. mine: .*no special token <\|eot\|>"):
+        chat_tokens(plain, [Message("user", "a")])
+
+
+def slow_weights(tokenizer: Tokenizer, texts: list[tuple[str, float]]) -> list[float]:
+    """Of each token, the weight of the text that its last character is in; byte for byte."""
+    owners = [weight for text, weight in texts for _ in text.encode()]
+    at, weights = 0, []
+    for i in tokenizer.encode("".join(text for text, _ in texts)):
+        at += len(tokenizer.token_bytes(i))
+        weights.append(owners[at - 1])
+    return weights
+
+
+@given(
+    st.lists(st.tuples(st.text(st.sampled_from("\n ab. "), max_size=6), st.sampled_from([0.0, 1.0, 2.5])), max_size=5)
+)
+def test_a_token_weighs_what_the_text_weighs_in_which_it_ends(texts):
+    found = encode(TOKENIZER, [Text(*text) for text in texts])
+    assert found.ids == TOKENIZER.encode("".join(text for text, _ in texts))
+    assert found.weights.tolist() == slow_weights(TOKENIZER, texts)
+
+
+def test_only_answers_and_their_ends_weigh_in_a_conversation():
+    chat = [
+        Message("user", [Text("Hi!", 0.0)]),
+        Message("assistant", [Text("Yes.", 1.0)]),
+        Message("user", [Text("?", 0)]),
+    ]
+    found = encode(TOKENIZER, chat_pieces(chat, weights=True))
+    weighted = [i for i, weight in zip(found.ids, found.weights, strict=True) if weight]
+    assert weighted == [*TOKENIZER.encode("Yes."), TOKENIZER.special[TURN_END]]
+    assert found.ids == chat_tokens(
+        TOKENIZER, [Message(role, [part.text for part in parts]) for role, parts in chat], False
+    )
+
+
+def test_an_end_cuts_a_text_and_holds_the_place_of_a_file():
+    found = encode(TOKENIZER, [Text("ab"), End(), Text("cd", 0.5), End(7), Text("e")])
+    parts = [TOKENIZER.encode(text) for text in ("ab", "cd", "e")]
+    assert found.ids == [i for part in parts for i in part]
+    assert found.files == [(len(parts[0]) + len(parts[1]), 7)]
+    assert found.weights.tolist() == [1.0] * len(parts[0]) + [0.5] * len(parts[1]) + [1.0] * len(parts[2])
 
 
 def test_an_unknown_role_is_named():
@@ -118,7 +159,11 @@ def rendered(chat: list[Message], ask: bool, **more: object) -> str:
 @given(messages(PLAIN_TEXT), st.booleans())
 def test_the_template_writes_the_same(chat, ask):
     pictures = [
-        p.names for _, content in chat if not isinstance(content, str) for p in content if isinstance(p, Picture)
+        [token.name for token in part]
+        for _, content in chat
+        if not isinstance(content, str)
+        for part in content
+        if not isinstance(part, str)
     ]
     text = rendered(chat, ask)
     assert text.count(IMAGE) == len(pictures)

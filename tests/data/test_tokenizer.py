@@ -143,8 +143,8 @@ def test_size_counts_special_tokens(tmp_path):
 
 
 def test_a_size_without_room_for_bytes_is_refused(tmp_path):
-    with pytest.raises(UserError, match="expected at least 265"):
-        load_bpe(CORPUS, 264, tmp_path)
+    with pytest.raises(UserError, match="expected at least 273"):
+        load_bpe(CORPUS, 272, tmp_path)
 
 
 def test_processes_that_train_at_once_agree(tmp_path):
@@ -178,10 +178,10 @@ def test_a_file_or_its_folder_is_kept_byte_for_byte(tmp_path):
 def test_a_special_token_that_is_not_there_is_named_with_the_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text(load_bytes().serialised)
     tokenizer = load_file(tmp_path)
-    with pytest.raises(UserError, match=r"tokenizer\.json: found no special token <\|eot\|>, expected"):
-        _ = tokenizer.special["<|eot|>"]
-    with pytest.raises(UserError, match=r"found no special token <\|eot\|>, <\|eom\|>, expected"):
-        tokenizer.require((PATCH, "<|eot|>", "<|eom|>"))
+    with pytest.raises(UserError, match=r"tokenizer\.json: found no special token <\|fim\|>, expected"):
+        _ = tokenizer.special["<|fim|>"]
+    with pytest.raises(UserError, match=r"found no special token <\|fim\|>, <\|eom\|>, expected"):
+        tokenizer.require((PATCH, "<|fim|>", "<|eom|>"))
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer as Library
 
-from data.chat import HEADER_END, HEADER_START, TURN_END
 from data.config import DataConfig
-from data.tokenizer import Tokenizer, load_bpe
+from data.tokenizer import load_bpe
 from model.config import ModelConfig, RopeScaling, VisionConfig
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, RunConfig
@@ -172,13 +170,6 @@ def normalised(tiles: np.ndarray) -> np.ndarray:
     return (tiles.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
 
 
-def make_tokenizer(folder: Path) -> Tokenizer:
-    """A small BPE with the tokens of turns."""
-    library = Library.from_str(load_bpe([text * 20 for text in TEXTS], 300, folder).serialised)
-    library.add_special_tokens([HEADER_START, HEADER_END, TURN_END])
-    return Tokenizer(library.to_str())
-
-
 def make_weights(skeleton: Skeleton, seed: int) -> Params:
     """Random weights, of norms and biases too: at one and zero they would hide what is done with them."""
     rng = np.random.default_rng(seed)
@@ -197,7 +188,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A model with random weights, saved as a checkpoint and exported."""
     config, dtype = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = make_tokenizer(folder)
+    tokenizer = load_bpe([text * 20 for text in TEXTS], 300, folder)
     data = DataConfig(mixture={"text": 1.0}, tokenizer_size=300, max_tiles=4)
     run = RunConfig(name=request.param, model=config, data=data)
     skeleton = Skeleton(config)
