@@ -12,9 +12,11 @@ Letters: n tiles of a picture, t side of a tile in pixels.
 """
 
 import functools
+import io
 import math
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,68 +32,88 @@ _VECTOR_FORMATS = ("EPS", "WMF")
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The picture in this file: RGB, upright (EXIF orientation applied), transparency on white.
-
-    Of an animation, and of a file with several pictures, the first one (of an animated PNG, what a viewer without
-    animation shows). 16 bits a channel become the upper 8.
+    """The picture in this file, as `read_image` gives it.
 
     Raises:
-        UserError: the file is missing, no picture, damaged, too large to decode safely, or of pixels without a known
-            scale. The message names it.
+        UserError: the file is missing or cannot be read, or what `read_image` refuses. The message names it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                _check_header(image, path)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), path)
-    except UserError:
-        raise
+        with open(path, "rb") as file:
+            return _picture(file, str(path))
     except FileNotFoundError:
         raise UserError(f"image {path}: there is no such file. Check the path.") from None
     except IsADirectoryError:
         raise UserError(f"image {path}: found a folder, expected a picture file.") from None
     except PermissionError:
         raise UserError(f"image {path}: not allowed to read it. Change its permissions.") from None
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise UserError(f"image {path}: cannot be opened ({error}). Check the path.") from error
+
+
+def read_image(data: bytes, name: str) -> Image.Image:
+    """The picture in these bytes: RGB, upright (EXIF orientation applied), transparency on white.
+
+    Of an animation, and of a file with several pictures, the first one (of an animated PNG, what a viewer without
+    animation shows). 16 bits a channel become the upper 8.
+
+    Args:
+        data: the content of a picture file.
+        name: what a message calls it.
+
+    Raises:
+        UserError: no picture, damaged, too large to decode safely, or of pixels without a known scale.
+    """
+    return _picture(io.BytesIO(data), name)
+
+
+def _picture(file: BinaryIO, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                _check_header(image, name)
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image), name)
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        size = Path(path).stat().st_size
         raise UserError(
-            f"image {path}: found {size:,} bytes in no picture format that Pillow knows, expected PNG, JPEG or alike. "
-            "If it is one of another format (HEIC, SVG), convert it; if not, save or download it again."
+            f"image {name}: found {file.seek(0, io.SEEK_END):,} bytes in no picture format that Pillow knows, expected "
+            "PNG, JPEG or alike. If it is one of another format (HEIC, SVG), convert it; if not, save or download it "
+            "again."
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
-            f"image {path}: found more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many to be safe. Scale it down."
+            f"image {name}: found more than {Image.MAX_IMAGE_PIXELS:,} pixels, too many to be safe. Scale it down."
         ) from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
-        raise UserError(f"image {path}: damaged or cut short ({error}). Save or download it again.") from error
+        raise UserError(f"image {name}: damaged or cut short ({error}). Save or download it again.") from error
 
 
-def _check_header(image: Image.Image, path: str | Path) -> None:
+def _check_header(image: Image.Image, name: str) -> None:
     """Refuses what should not even be decoded."""
     if max(image.size) > _LONGEST_SIDE:
         raise UserError(
-            f"image {path}: found {image.width:,} x {image.height:,} pixels, expected at most {_LONGEST_SIDE:,} a "
+            f"image {name}: found {image.width:,} x {image.height:,} pixels, expected at most {_LONGEST_SIDE:,} a "
             "side. Scale it down, or cut it."
         )
     if image.format in _VECTOR_FORMATS:
-        raise UserError(f"image {path}: found {image.format}, a drawing and no pixels. Convert it, to PNG for example.")
+        raise UserError(f"image {name}: found {image.format}, a drawing and no pixels. Convert it, to PNG for example.")
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """The picture as RGB; transparent parts show white, 16-bit greys are scaled to 8 bits."""
     if image.mode == "F":
         raise UserError(
-            f"image {path}: found floating-point pixels, whose black and white nobody knows, expected whole numbers. "
+            f"image {name}: found floating-point pixels, whose black and white nobody knows, expected whole numbers. "
             "Save it with 8 or 16 bits."
         )
     if image.mode.startswith("I"):  # Pillow would clip these at 255
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() >= 2**16:
             raise UserError(
-                f"image {path}: found grey values from {grey.min():,} to {grey.max():,}, expected 0 to {2**16 - 1:,}. "
+                f"image {name}: found grey values from {grey.min():,} to {grey.max():,}, expected 0 to {2**16 - 1:,}. "
                 "Save it with 8 or 16 bits."
             )
         clear = grey == image.info.get("transparency", -1)

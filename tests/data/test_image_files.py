@@ -205,6 +205,25 @@ def test_damaged_content_is_named(tmp_path):
         images.load_image(tmp_path / "damaged.png")
 
 
+def test_bytes_are_read_and_refused_as_a_file_is(tmp_path):
+    content = saved(tmp_path, "whole.png")
+    from_file, from_bytes = images.load_image(tmp_path / "whole.png"), images.read_image(content, "whole.png")
+    np.testing.assert_array_equal(np.asarray(from_file), np.asarray(from_bytes))
+    for data in (b"", b"not a picture", content[:-50], EPS, png(60000, 60000, 8, 2, b"")):
+        (tmp_path / "bad.png").write_bytes(data)
+        with pytest.raises(UserError, match=r"^image shard\.tar:bad\.png: ") as of_bytes:
+            images.read_image(data, "shard.tar:bad.png")
+        with pytest.raises(UserError) as of_file:
+            images.load_image(tmp_path / "bad.png")
+        assert str(of_file.value).replace(str(tmp_path / "bad.png"), "shard.tar:bad.png") == str(of_bytes.value)
+
+
+def test_a_path_that_cannot_be_is_named(tmp_path):
+    for path in (tmp_path / ("long" * 100), "zero\0byte.png"):
+        with pytest.raises(UserError, match="cannot be opened"):
+            images.load_image(path)
+
+
 def test_what_is_no_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"missing\.png: there is no such file"):
         images.load_image(tmp_path / "missing.png")
