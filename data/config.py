@@ -25,6 +25,23 @@ class ImageSpec:
 
 
 @dataclass(frozen=True)
+class AudioSpec:
+    """How sound becomes windows and tokens (not an option: derived from `model.audio`)."""
+
+    mel_bins: int
+    frames_per_window: int  # log-mel frames of one window (10 ms each)
+    tokens_per_window: int  # frames_per_window / stride (stride 8: 80 ms a token)
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """How a clip becomes frames (from DataConfig)."""
+
+    frames_per_second: float
+    max_frames: int
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What the model reads, how it is packed into rows, and in which order."""
 
