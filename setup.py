@@ -21,6 +21,7 @@ setup(
     # Lower bounds are the oldest versions that the tests have run with; requirements.lock pins what they run with now.
     install_requires=[
         "absl-py>=2.5,<3",
+        "av>=18.1,<19",
         "chex>=0.1.92,<0.2",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
@@ -32,6 +33,8 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=13,<14",
         "rich>=15,<16",
+        "soundfile>=0.14,<0.15",
+        "soxr>=1.1,<2",
         "tensorboardX>=2.6.5,<3",
         "tensorstore>=0.1.86,<0.2",
         "tokenizers>=0.23.3,<0.24",
