@@ -51,12 +51,15 @@ def _parse(arguments: list[str], parsed: argparse.Namespace) -> None:
         return
     if arguments[0].startswith("-"):
         parser.parse_args(arguments, parsed)
-    if arguments[0] not in commands:
-        raise UserError(unknown_command(arguments[0], list(commands)))
-    parsed.command = arguments[0]
+    # Some commands are two words.
+    words = 2 if any(name.startswith(f"{arguments[0]} ") for name in commands) else 1
+    parsed.command = " ".join(arguments[:words])
+    if parsed.command not in commands:
+        written, parsed.command = parsed.command, None
+        raise UserError(unknown_command(written, list(commands)))
     subparser = commands[parsed.command]
     takes_overrides = "--config" in subparser.flags
-    rest, parsed.overrides = split_overrides(arguments[1:]) if takes_overrides else (arguments[1:], {})
+    rest, parsed.overrides = split_overrides(arguments[words:]) if takes_overrides else (arguments[words:], {})
     for argument in rest:
         # Before argparse looks: it would name a missing --config where --cofnig is the mistake.
         if argument.startswith("--") and argument.split("=")[0] not in subparser.flags:

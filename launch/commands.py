@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import environment, processes
+from launch.data_commands import add_data_commands
 from launch.parsing import Command
 from sharding.errors import UserError
 
@@ -28,7 +29,7 @@ _DIRECTORY: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 def add_commands(subparsers: Any) -> dict[str, Command]:
     """Adds every command to argparse's `subparsers`; returns their parsers by name."""
     makers = (_add_train, _add_config, _add_inspect, _add_generate, _add_score, _add_import, _add_export, _add_report)
-    return dict(maker(subparsers) for maker in makers)
+    return dict(maker(subparsers) for maker in makers) | add_data_commands(subparsers)
 
 
 def _add_train(subparsers: Any) -> tuple[str, Command]:

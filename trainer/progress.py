@@ -1,10 +1,17 @@
 """A bar for work that is measured in bytes: on a terminal alone, so that logs hold no control codes."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+if TYPE_CHECKING:
+    from data.prepare import Told
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextlib.contextmanager
@@ -15,3 +22,23 @@ def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+@contextlib.contextmanager
+def prepare_bar(title: str) -> Iterator[Callable[["Told"], None]]:
+    """Shows how much of the input is prepared; without a terminal, a line from time to time."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        last = time.monotonic()
+
+        def tell(told: "Told") -> None:
+            nonlocal last
+            counts = f"{told.read:,} records, {told.rejected:,} rejected"
+            progress.update(task, total=told.total, completed=told.done, description=f"{title}: {counts}")
+            if not console.is_terminal and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                console.print(f"{title}: {told.done / max(told.total, 1):.0%}, {counts}")
+
+        yield tell

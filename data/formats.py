@@ -1,0 +1,256 @@
+"""The files that a data set is made from: cut into units of work, and read record by record.
+
+A unit is read alone, in any process, and gives the same records each time. Nothing that is found in it ends the reading:
+what cannot be used is given as `Rejected`, so that read = written + rejected. One record is held in memory at a time, of
+at most `most` bytes; of a Parquet file, a few.
+"""
+
+import itertools
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from data.documents import Document, Rejected, parse, with_files
+from data.files import MB, from_json, read_within, too_large
+from data.groups import Stream, from_folder, from_tar, stem, unpacking
+from sharding.errors import UserError
+
+Format = Literal["jsonl", "parquet", "tar", "files"]
+ENDINGS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".parquet": "parquet",
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+}
+UNIT_BYTES = 64 * MB
+"""About how much of a JSONL file is one unit."""
+UNIT_DOCUMENTS = 500
+"""Documents of a folder in one unit."""
+_BLOCK = 4 * MB
+_ROWS = 16
+
+
+class Unit(NamedTuple):
+    """A part of the input that is read as one."""
+
+    format: Format
+    path: str
+    """Of the file, or of the folder."""
+    label: str
+    """The same in ids: from the name of the source on."""
+    start: int = 0
+    """Byte of a JSONL file, row group of a Parquet file."""
+    stop: int = 0
+    first: int = 1
+    """Number of its first line or row, from 1."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Of a folder: the files of each document, relative to it."""
+    nbytes: int = 0
+    """About how much there is to read, for the progress bar."""
+
+
+class Found(NamedTuple):
+    """One record of the input."""
+
+    where: str
+    """File and line, row or member, from the name of the source on."""
+    document: Document | Rejected
+
+
+def plan(sources: Sequence[Path]) -> list[Unit]:
+    """The units of the sources, in their order; files of a folder in the order of their names.
+
+    A folder that holds JSONL, Parquet or tar files is read as these, and its other files where records name them. In
+    any other folder (and in tar files), files whose names differ in their extension alone are one document.
+
+    Raises:
+        UserError: a source does not exist, cannot be read, is of no known format, or is named like another.
+    """
+    units: list[Unit] = []
+    labels: dict[str, Path] = {}
+    for source in sources:
+        label = source.resolve().name
+        if label in labels:
+            raise UserError(
+                f"{source}: is named like {labels[label]}, and ids of documents begin with that name. Rename one, or "
+                "prepare them apart."
+            )
+        labels[label] = source
+        try:
+            if source.is_dir():
+                units += _plan_folder(source, label)
+            elif not source.is_file():
+                raise UserError(f"{source}: there is no such file or folder. Check the path.")
+            elif found := format_of(source.name):
+                units += _plan_file(found, source, label)
+            else:
+                raise UserError(f"{source}: found no known format, expected {', '.join(ENDINGS)} or a folder.")
+        except OSError as error:
+            raise UserError(f"{error.filename or source}: cannot be read ({error.strerror or error}).") from error
+    return units
+
+
+def format_of(name: str) -> Format | None:
+    """The format of a file with many records by its name."""
+    return next((found for ending, found in ENDINGS.items() if name.lower().endswith(ending)), None)
+
+
+def read(unit: Unit, most: int) -> Iterator[Found]:
+    """The documents of a unit with the bytes of their files, each of at most `most` bytes in all."""
+    if unit.format == "jsonl":
+        yield from _read_jsonl(unit, most)
+    elif unit.format == "parquet":
+        yield from _read_parquet(unit, most)
+    else:
+        path, label = Path(unit.path), unit.label
+        tar = unit.format == "tar"
+        for group in from_tar(path, label, most) if tar else from_folder(path, unit.groups, label, most):
+            yield Found(f"{unit.label}/{group.name}", group.document)
+
+
+def _plan_folder(folder: Path, label: str) -> Iterator[Unit]:
+    names = []
+    for path, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # A link to a folder is not followed, and is told of like one to a file.
+        linked = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        names += [
+            os.path.relpath(os.path.join(path, name), folder) for name in files + linked if not name.startswith(".")
+        ]
+    many = sorted(name for name in names if format_of(name))
+    for name in many:
+        yield from _plan_file(format_of(name) or "jsonl", folder / name, os.path.join(label, name))
+    if many:
+        return
+    names.sort(key=lambda name: (stem(name), name))
+    groups = [tuple(group) for _, group in itertools.groupby(names, key=stem)]
+    for start in range(0, len(groups), UNIT_DOCUMENTS):
+        batch = tuple(groups[start : start + UNIT_DOCUMENTS])
+        size = sum(os.lstat(folder / name).st_size for group in batch for name in group)
+        yield Unit("files", str(folder), label, groups=batch, nbytes=size)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:
+    if path.is_symlink():
+        raise UserError(f"{path}: is a symbolic link. Name the file that it leads to as a source of its own.")
+    size = path.stat().st_size
+    if found == "jsonl" and path.suffix != ".gz":
+        yield from _plan_jsonl(path, label)
+    elif found == "parquet":
+        yield from _plan_parquet(path, label, size)
+    else:
+        yield Unit(found, str(path), label, nbytes=size)
+
+
+def _plan_jsonl(path: Path, label: str) -> Iterator[Unit]:
+    """Cut at the ends of lines; lines are counted, so that each has its number."""
+    start, first, at, line = 0, 1, 0, 1
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            last = block.rfind(b"\n")
+            lines = block.count(b"\n")
+            if last >= 0 and at + last + 1 - start >= UNIT_BYTES:
+                stop = at + last + 1
+                yield Unit("jsonl", str(path), label, start, stop, first, nbytes=stop - start)
+                start, first = stop, line + lines
+            line, at = line + lines, at + len(block)
+    if at > start:
+        yield Unit("jsonl", str(path), label, start, at, first, nbytes=at - start)
+
+
+def _plan_parquet(path: Path, label: str, size: int) -> Iterator[Unit]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    except (ArrowException, OSError):
+        yield Unit("parquet", str(path), label, nbytes=size)  # reading it says what is wrong
+        return
+    row = 1
+    for i, group in enumerate(groups):
+        yield Unit("parquet", str(path), label, i, i + 1, row, nbytes=group.total_byte_size)
+        row += group.num_rows
+
+
+def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
+    path, number = Path(unit.path), unit.first
+    with unpacking(path) as raw:
+        file: Any = raw
+        if path.suffix == ".gz":
+            file = Stream(raw, path.stat().st_size, most)
+        else:
+            raw.seek(unit.start)
+        left = unit.stop - unit.start if unit.stop else None
+        while left is None or left > 0:
+            where = f"{unit.label}:{number}"
+            try:
+                line = file.readline(most + 1)
+                taken = len(line)
+                if taken > most and not line.endswith(b"\n"):
+                    while block := file.readline(_BLOCK):
+                        taken += len(block)
+                        if block.endswith(b"\n"):
+                            break
+                    yield Found(where, too_large("the line", taken, most))
+                elif not line:
+                    return
+                elif line.removeprefix(b"\xef\xbb\xbf").strip():
+                    yield Found(where, _document(partial(from_json, line, "the line"), where, path, most))
+            except (OSError, EOFError, zlib.error) as error:
+                yield Found(where, Rejected("damaged", f"cannot be read from here on ({error})"))
+                return
+            number += 1
+            if left is not None:
+                left -= taken
+
+
+def _read_parquet(unit: Unit, most: int) -> Iterator[Found]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    row, path = unit.first, Path(unit.path)
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS, row_groups=range(unit.start, unit.stop)):
+                for i in range(batch.num_rows):
+                    where = f"{unit.label}:{row}"
+                    yield Found(where, _document(partial(_row, batch.slice(i, 1), most), where, path, most))
+                    row += 1
+    except (ArrowException, OSError) as error:
+        yield Found(f"{unit.label}:{row}", Rejected("damaged", f"cannot be read from here on ({error})"))
+
+
+def _row(batch: Any, most: int) -> Any:
+    if batch.nbytes > most:
+        raise too_large("the row", batch.nbytes, most)
+    return batch.to_pylist()[0]
+
+
+def _document(record: Callable[[], Any], default_id: str, beside: Path, most: int) -> Document | Rejected:
+    """The document of a record, with the bytes of its files, which lie in the folder of `beside`."""
+    left = most
+
+    def read_part(path: str) -> bytes:
+        nonlocal left
+        data = read_within(beside.parent, path, left)
+        left -= len(data)
+        return data
+
+    try:
+        return with_files(parse(record(), default_id), read_part)
+    except Rejected as rejected:
+        return rejected
+    except UnicodeDecodeError as error:  # of a text column
+        return Rejected("utf-8", f"found no UTF-8 ({error.reason})")

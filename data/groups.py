@@ -1,0 +1,192 @@
+"""Files that are one document together: in a folder or a tar file, those whose names differ in their extension alone."""
+
+import gzip
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from data.documents import FORMS, MEDIA, Document, Rejected, parse, with_files
+from data.files import MB, decoded, from_json, kind_of, read_within, too_large
+
+FILES_OF_A_DOCUMENT = 1000
+_BLOCK = 4 * MB
+_BOMB_RATIO, _BOMB_BYTES = 200, 1000 * MB
+"""A compressed file that grows to more than so many times its size, and more than so many bytes, is given up."""
+
+Reader = Callable[[int], bytes]
+"""Gives the bytes of a file, so many at most, or raises `Rejected`."""
+
+
+class Group(NamedTuple):
+    """The document of some files."""
+
+    name: str
+    """Of its first file."""
+    document: Document | Rejected
+
+
+def unpacking(path: Path) -> Any:
+    """The file, opened; what gzip packed, as it was before."""
+    return gzip.open(path) if path.suffix in (".gz", ".tgz") else path.open("rb")
+
+
+def stem(name: str) -> tuple[str, str]:
+    """Folder, and name up to its first dot: what files of one document share."""
+    folder, base = os.path.split(name)
+    return folder, base.split(".", 1)[0]
+
+
+def from_folder(folder: Path, groups: Sequence[Sequence[str]], label: str, most: int) -> Iterator[Group]:
+    """The documents of these files, whose names are relative to the folder."""
+
+    def reader(name: str) -> Reader:
+        return lambda left: read_within(folder, name, left)
+
+    for group in groups:
+        document = _grouped(os.path.join(label, *stem(group[0])), {name: reader(name) for name in group}, most)
+        yield Group(group[0], document)
+
+
+def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
+    """The documents of a tar file, of members that follow each other, as in WebDataset.
+
+    What cannot be read on is one rejected document.
+    """
+    at, left = path.name, most
+    group: dict[str, Reader] = {}
+    with unpacking(path) as raw:
+        try:
+            stream = Stream(raw, path.stat().st_size, most)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # it would keep them all
+                    at = member.name
+                    if member.isdir():
+                        continue
+                    if group and stem(member.name) != stem(next(iter(group))):
+                        yield _group(group, label, most)
+                        group, left = {}, most
+                    if len(group) <= FILES_OF_A_DOCUMENT:
+                        data = _member(tar, member, left)
+                        left -= len(data) if isinstance(data, bytes) else 0
+                        group[member.name] = _given(data)
+            if stream.last != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.TarError("it ends without the mark of its end, or has bytes that are no header")
+            if group:
+                yield _group(group, label, most)
+        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+            # What was not finished before may lack a file: it is part of what is lost.
+            yield Group(next(iter(group), at), Rejected("damaged", f"cannot be read from {at} on ({error})"))
+
+
+def _group(group: Mapping[str, Reader], label: str, most: int) -> Group:
+    first = next(iter(group))
+    return Group(first, _grouped(os.path.join(label, *stem(first)), group, most))
+
+
+def _given(data: bytes | Rejected) -> Reader:
+    def read(_: int) -> bytes:
+        if isinstance(data, Rejected):
+            raise data
+        return data
+
+    return read
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, left: int) -> bytes | Rejected:
+    if member.issym() or member.islnk():
+        return Rejected("link", f"{member.name}: is a link, expected a file")
+    if not member.isreg() or member.sparse is not None:
+        return Rejected("file type", f"{member.name}: is no regular file")
+    if member.name.startswith("/") or ".." in Path(member.name).parts:
+        return Rejected("path", f"{member.name}: leaves the folder, expected a path below it")
+    if member.size > left:
+        return too_large(member.name, member.size, left)
+    file = tar.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"{member.name} is cut short")
+    return data
+
+
+def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Document | Rejected:
+    """The document of files that belong together: by their json file if it is a record, else files, then texts."""
+    try:
+        contents: dict[str, bytes] = {}
+        record: Any = {}
+        left = most
+        for name, read in group.items():
+            is_json = name.lower().endswith(".json")
+            if kind_of(name) is None and not is_json:
+                found = os.path.splitext(name)[1] or "no extension"
+                raise Rejected(
+                    "file type", f"{name}: found {found}, expected .json, a text, an image, a video or a sound"
+                )
+            data = read(left)
+            left -= len(data)
+            if is_json:
+                record = from_json(data, name)
+            else:
+                contents[name] = data
+        if isinstance(record, dict) and not record.keys() & {*FORMS, *MEDIA}:
+            return parse({**record, "parts": _parts(contents)}, default_id)
+
+        def named(path: str) -> bytes:
+            for name, data in contents.items():
+                if path in (name, os.path.basename(name)):
+                    return data
+            raise Rejected("missing file", f"{path}: is not among {', '.join(contents) or 'no files'}")
+
+        return with_files(parse(record, default_id), named)
+    except Rejected as rejected:
+        return rejected
+
+
+def _parts(contents: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """Parts of files by their names, texts last."""
+    parts = []
+    for name, data in contents.items():
+        if not data:
+            raise Rejected("empty", f"{name}: found a file of zero bytes")
+        kind = kind_of(name)
+        parts.append({"type": kind, "text": decoded(data, name)} if kind == "text" else {"type": kind, "data": data})
+    return sorted(parts, key=lambda part: part["type"] == "text")
+
+
+class Stream:
+    """A file that is read forwards, and fails where it grows out of proportion to its size on disk."""
+
+    def __init__(self, file: IO[bytes], size: int, most: int):
+        """`size`: bytes on disk; `most`: bytes that may be asked for at once."""
+        self._file, self._most, self._limit = file, most, max(_BOMB_RATIO * size, _BOMB_BYTES)
+        self._at = 0
+        self.last = b""
+        """What was read last."""
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int) -> int:
+        if offset < self._at:
+            raise OSError("it refers to bytes before those that were read")
+        while self._at < offset and self.read(min(offset - self._at, _BLOCK)):
+            pass
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self._most + _BLOCK:
+            raise OSError(f"it has a header of {size:,} bytes")
+        return self._counted(self._file.read(size))
+
+    def readline(self, size: int) -> bytes:
+        return self._counted(self._file.readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._at += len(data)
+        self.last = data
+        if self._at > self._limit:
+            raise OSError(f"it holds more than {self._limit:,} bytes, more than {_BOMB_RATIO} times its size on disk")
+        return data

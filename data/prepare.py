@@ -1,0 +1,339 @@
+"""Makes a prepared data set: shards of tokenised documents with their files, and the index of their lengths.
+
+    DIR/dataset.json     what it holds and how it was made; written last, so that a folder without it is unfinished
+    DIR/tokenizer.json   what its texts were encoded with
+    DIR/shards/          one ArrayRecord file for each unit of the input
+    DIR/index/           an array for each fact of the documents
+    DIR/rejected.jsonl   what could not be used, and why: read = written + rejected
+
+The units are prepared in parallel and kept as they are finished, so the same command goes on where it was stopped. What
+comes out does not depend on the number of workers, nor on interruptions.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import formats
+from data.documents import Rejected
+from data.filters import TRANSFORMS, check, load_classifier, transformed
+from data.formats import Unit
+from data.index import FORMAT, Index, Part, write_json
+from data.records import Entry, prepared
+from data.shards import Shards, shard_name
+from data.tokenizer import Tokenizer, load_bpe, load_bytes, load_file
+from sharding.errors import UserError
+
+SAMPLE_CHARACTERS = 30_000_000
+"""Characters of text that a tokenizer is trained on, taken from all units alike."""
+SHARD_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How documents are prepared."""
+
+    tokenizer: str = "bpe"
+    """bpe, bytes or a path, as `data.tokenizer`."""
+    tokenizer_size: int = 8192
+    """Tokens of a bpe that is trained here."""
+    held_out: float = 0.005
+    """Share of the documents that is held out, by the hash of the id, where they do not say."""
+    max_record_mb: float = 64.0
+    """Largest record, its files included."""
+    filters: tuple[tuple[str, float], ...] = ()
+    transforms: tuple[str, ...] = ()
+    classifier: str = ""
+    keep_duplicates: bool = False
+    """Keep documents whose content is that of an earlier one."""
+
+    def check(self) -> None:
+        """Raises `UserError` for a value that cannot be."""
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out: found {self.held_out}, expected a share from 0 to below 1")
+        if not self.max_record_mb > 0:
+            raise UserError(f"--max-record-mb: found {self.max_record_mb}, expected more than 0")
+        if unknown := [name for name in self.transforms if name not in TRANSFORMS]:
+            raise UserError(f"--transform: found {unknown[0]!r}, expected one of {', '.join(TRANSFORMS)}")
+        if self.classifier:
+            load_classifier(self.classifier)
+
+
+@dataclass(frozen=True)
+class Told:
+    """How far it is."""
+
+    done: int
+    total: int
+    """Bytes of the input."""
+    read: int
+    rejected: int
+    """Records."""
+
+
+def prepare(
+    sources: Sequence[Path], out: Path, options: Options, workers: int, tell: Callable[[Told], None]
+) -> dict[str, Any]:
+    """Prepares the sources into `out`, or goes on with it; returns what dataset.json says.
+
+    Raises:
+        UserError: a source or an option cannot be used, or `out` is finished or something else.
+    """
+    options.check()
+    if (out / "dataset.json").exists():
+        raise UserError(f"--out {out}: is finished already. Give a new folder, or remove this one.")
+    units = formats.plan(sources)
+    if not units:
+        raise UserError(f"{', '.join(map(str, sources))}: found no files to read.")
+    work = _begin(out, units, options)
+    tokenizer = _tokenizer(out, units, options)
+    _prepare_units(work, units, options, tokenizer, workers, tell)
+    return _finish(out, sources, units, options, tokenizer)
+
+
+def _begin(out: Path, units: Sequence[Unit], options: Options) -> Path:
+    """The folder of what is unfinished; checks that an earlier start was the same."""
+    work = out / "unfinished"
+    inputs = {unit.path: [os.stat(unit.path).st_size, os.stat(unit.path).st_mtime_ns] for unit in units}
+    plan = hashlib.sha256(json.dumps([FORMAT, units, inputs, dataclasses.asdict(options)]).encode()).hexdigest()
+    try:
+        if out.exists() and not work.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out}: holds something else. Give a new folder.")
+        for folder in (work, out / "shards"):
+            folder.mkdir(parents=True, exist_ok=True)
+        stored = work / "plan"
+        if not stored.exists():
+            _write_text(stored, plan)
+        elif stored.read_text() != plan:
+            raise UserError(
+                f"--out {out}: was begun with other options, or the input has changed since. Give the same, or remove it."
+            )
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    return work
+
+
+def _tokenizer(out: Path, units: Sequence[Unit], options: Options) -> Tokenizer:
+    path = out / "tokenizer.json"
+    if path.exists():
+        return load_file(path)
+    if options.tokenizer == "bytes":
+        tokenizer = load_bytes()
+    elif options.tokenizer == "bpe":
+        tokenizer = load_bpe(_sample(units, options), options.tokenizer_size, out / "unfinished")
+    else:
+        try:
+            tokenizer = load_file(options.tokenizer)
+        except UserError as error:
+            raise UserError(f"--tokenizer (bpe, bytes or a path): {error}") from error
+    _write_text(path, tokenizer.serialised)
+    return tokenizer
+
+
+def _sample(units: Sequence[Unit], options: Options) -> list[str]:
+    """Texts of the input, of every unit as many characters at most."""
+    share = SAMPLE_CHARACTERS // len(units) + 1
+    texts = []
+    for unit in units:
+        left = share
+        for found in formats.read(unit, _most(options)):
+            if isinstance(found.document, Rejected):
+                continue
+            for part in found.document.parts:
+                texts.append(part.text[:left])
+                left -= len(texts[-1])
+            if left <= 0:
+                break
+    if not any(texts):
+        raise UserError("--tokenizer bpe: found no text to train it on. Give --tokenizer bytes, or the path of one.")
+    return texts
+
+
+def _most(options: Options) -> int:
+    return int(options.max_record_mb * 10**6)
+
+
+def _prepare_units(
+    work: Path,
+    units: Sequence[Unit],
+    options: Options,
+    tokenizer: Tokenizer,
+    workers: int,
+    tell: Callable[[Told], None],
+) -> None:
+    """Prepares every unit that is not finished, `workers` of them at a time."""
+    counts = {i: Part.counts(work, i) for i in range(len(units)) if Part.exists(work, i)}
+    total = sum(unit.nbytes for unit in units)
+
+    def told() -> None:
+        done = sum(units[i].nbytes for i in counts)
+        tell(Told(done, total, *(sum(count[k] for count in counts.values()) for k in range(2))))
+
+    told()
+    left = [i for i in range(len(units)) if i not in counts]
+    if not left:
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child would share locks with the parent's threads
+    arguments = (work, options, tokenizer)
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(left)), context, _start, arguments) as pool:
+        try:
+            running = {pool.submit(_prepare_unit, i, units[i]): i for i in left}
+            for future in concurrent.futures.as_completed(running):
+                counts[running[future]] = future.result()
+                told()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "--workers: a process ended by itself. If memory ran out, give fewer workers or a smaller --max-record-mb. "
+                "The same command goes on where it was stopped."
+            ) from error
+        except OSError as error:
+            raise _unwritable(work.parent, error) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Path, Options, Tokenizer, Any]
+
+
+def _start(work: Path, options: Options, tokenizer: Tokenizer) -> None:
+    """Runs first in each worker."""
+    global _worker
+    _worker = work, options, tokenizer, load_classifier(options.classifier) if options.classifier else None
+
+
+def _prepare_unit(i: int, unit: Unit) -> tuple[int, int]:
+    """Prepares one unit: (records read, records rejected)."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    work, options, tokenizer, classify = _worker
+    shard = work.parent / "shards" / shard_name(i)
+    unfinished = shard.with_suffix(".unfinished")
+    writer = ArrayRecordWriter(str(unfinished), SHARD_OPTIONS)
+    entries: list[Entry] = []
+    rejected: list[dict[str, str]] = []
+    dtype = token_dtype(tokenizer.size)
+    for found in formats.read(unit, _most(options)):
+        try:
+            document = found.document
+            if isinstance(document, Rejected):
+                raise document
+            if options.transforms:
+                document = transformed(document, options.transforms)
+            record, entry = prepared(document, found.where, tokenizer, dtype)
+            check(document, entry, options.filters, classify)
+        except Rejected as reason:
+            rejected.append({"where": found.where, "rule": reason.rule, "reason": reason.reason})
+        else:
+            writer.write(record)
+            entries.append(entry)
+    writer.close()
+    unfinished.rename(shard)
+    Part.of(entries).write(work, i, rejected)
+    return len(entries) + len(rejected), len(rejected)
+
+
+def token_dtype(size: int) -> np.dtype:
+    """How tokens are stored."""
+    return np.dtype("<u2" if size <= 2**16 else "<u4")
+
+
+def _finish(
+    out: Path, sources: Sequence[Path], units: Sequence[Unit], options: Options, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Writes the index, what was rejected, and last dataset.json."""
+    work = out / "unfinished"
+    parts = [Part.read(work, i) for i in range(len(units))]
+    part, dtype = Part.joined(parts), token_dtype(tokenizer.size)
+    shards = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
+    records = np.concatenate([np.arange(len(p), dtype=np.int32) for p in parts])
+    by_id = _repeated(part.id_digests, np.ones(len(part), bool))
+    by_content = np.zeros(len(part), bool) if options.keep_duplicates else _repeated(part.content_digests, ~by_id)
+    kept = ~by_id & ~by_content
+    index = Index.of(part, shards, records, kept, options.held_out)
+    try:
+        index.write(out / "index")
+        rules = Counter[str]()
+        with open(work / "rejected.jsonl", "w", encoding="utf-8") as file:
+            for line in itertools.chain(
+                _rejected(work, len(units)), _duplicates(out, shards, records, by_id, by_content, dtype)
+            ):
+                rules[line["rule"]] += 1
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(work / "rejected.jsonl", out / "rejected.jsonl")
+        facts = {
+            "format": FORMAT,
+            "sources": [str(source.resolve()) for source in sources],
+            "options": dataclasses.asdict(options),
+            "tokenizer": tokenizer.digest,
+            "token_dtype": dtype.str,
+            "read": len(part) + sum(rules.values()) - int((~kept).sum()),
+            "written": len(index),
+            "rejected": dict(rules.most_common()),
+            "digest": hashlib.sha256(
+                part.id_digests[kept].tobytes() + part.content_digests[kept].tobytes()
+            ).hexdigest(),
+            **index.facts_of(),
+        }
+        if not len(index):
+            raise UserError(
+                f"{out}: none of {facts['read']:,} records could be used; {out / 'rejected.jsonl'} says why."
+            )
+        write_json(out / "dataset.json", facts)
+        shutil.rmtree(work)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    return facts
+
+
+def _repeated(digests: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """bool [N]: those among them whose digest an earlier one has."""
+    numbers = np.flatnonzero(among)
+    _, first = np.unique(digests[numbers].view(f"V{digests.shape[1]}").ravel(), return_index=True)
+    repeated = among.copy()
+    repeated[numbers[first]] = False
+    return repeated
+
+
+def _rejected(work: Path, units: int) -> Iterator[dict[str, str]]:
+    for i in range(units):
+        yield from Part.rejected(work, i)
+
+
+def _duplicates(
+    out: Path, shards: np.ndarray, records: np.ndarray, by_id: np.ndarray, by_content: np.ndarray, dtype: np.dtype
+) -> Iterator[dict[str, str]]:
+    numbers = np.flatnonzero(by_id | by_content)
+    with Shards(out / "shards", dtype) as reader:
+        for n in numbers.tolist():
+            [record] = reader.read([(int(shards[n]), int(records[n]))])
+            if by_id[n]:
+                rule, reason = "duplicate id", f"id: an earlier document has {record.id!r} too"
+            else:
+                rule, reason = "duplicate", "the content is that of an earlier document (--keep-duplicates keeps it)"
+            yield {"where": record.where, "rule": rule, "reason": reason}
+
+
+def _write_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--out {out}: {error.filename or out} cannot be written ({error.strerror or error}). Make room, or give another "
+        "folder; the same command goes on where it was stopped."
+    )

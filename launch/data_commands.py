@@ -1,0 +1,110 @@
+"""`drover data ...`: the user's own data, prepared, counted and looked at."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launch.parsing import Command
+from sharding.errors import UserError
+
+
+def add_data_commands(subparsers: Any) -> dict[str, Command]:
+    """Adds the commands to argparse's `subparsers`; returns their parsers by name."""
+    return dict(maker(subparsers) for maker in (_add_prepare, _add_inspect))
+
+
+def _add_prepare(subparsers: Any) -> tuple[str, Command]:
+    prepare = subparsers.add_parser(
+        "data prepare",
+        run=_prepare,
+        usage="drover data prepare SOURCE [SOURCE ...] --out DIR [options]",
+        help="make training data from your own files",
+        description="Reads JSONL, Parquet and WebDataset tar files, and folders of such files or of texts, images, videos "
+        "and sounds; writes them, tokenised, as one data set. The same command goes on where it was stopped. "
+        "docs/DATA.md has the form of a document.",
+    )
+    prepare.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="files and folders to read")
+    prepare.flag("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    prepare.flag(
+        "--tokenizer",
+        default="bpe",
+        metavar="NAME",
+        help="bpe (default: trained on this data), bytes, or the path of a tokenizer.json or of another data set",
+    )
+    prepare.flag("--tokenizer-size", type=int, default=8192, metavar="N", help="tokens of a bpe (default: 8192)")
+    prepare.flag(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one for each core)"
+    )
+    prepare.flag(
+        "--held-out",
+        type=float,
+        default=0.005,
+        metavar="SHARE",
+        help="of the documents that do not say their split, by the hash of their id (default: 0.005)",
+    )
+    prepare.flag(
+        "--max-record-mb", type=float, default=64.0, metavar="N", help="largest record, files included (default: 64)"
+    )
+    prepare.flag("--filter", action="append", default=[], metavar="NAME=N", help="refuse documents; see docs/DATA.md")
+    prepare.flag("--transform", action="append", default=[], metavar="NAME", help="change texts; see docs/DATA.md")
+    prepare.flag(
+        "--classifier", default="", metavar="FILE.py:NAME", help="your function, run on each document: why to refuse it"
+    )
+    prepare.flag("--keep-duplicates", action="store_true", help="keep documents whose content an earlier one has")
+    return "data prepare", prepare
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 1:
+        raise UserError(f"--workers: found {arguments.workers}, expected 1 or more")
+    from data.filters import parse_filter
+    from data.prepare import Options, prepare
+    from trainer.progress import prepare_bar
+
+    options = Options(
+        tokenizer=arguments.tokenizer,
+        tokenizer_size=arguments.tokenizer_size,
+        held_out=arguments.held_out,
+        max_record_mb=arguments.max_record_mb,
+        filters=tuple(parse_filter(written) for written in arguments.filter),
+        transforms=tuple(arguments.transform),
+        classifier=arguments.classifier,
+        keep_duplicates=arguments.keep_duplicates,
+    )
+    with prepare_bar("preparing") as tell:
+        facts = prepare(arguments.sources, arguments.out, options, arguments.workers, tell)
+    print(f"{arguments.out}: {_counted(facts)}")
+    print(f"train on it: --config.data.paths.NAME={arguments.out} --config.data.tokenizer={arguments.out}")
+
+
+def _counted(facts: dict[str, Any]) -> str:
+    files = "".join(f", {count:,} {kind} files" for kind, count in facts["files"].items() if count)
+    rejected = sum(facts["rejected"].values())
+    rules = ", ".join(f"{count:,} {rule}" for rule, count in facts["rejected"].items())
+    return (
+        f"{facts['read']:,} records read = {facts['written']:,} documents ({facts['held_out']:,} held out; "
+        f"{facts['tokens']:,} tokens of text{files}) + {rejected:,} rejected"
+        + (f" (rejected.jsonl: {rules})" if rejected else "")
+    )
+
+
+def _add_inspect(subparsers: Any) -> tuple[str, Command]:
+    inspect = subparsers.add_parser(
+        "data inspect",
+        run=_inspect,
+        usage="drover data inspect DIR [--json]",
+        help="count prepared data: documents, lengths, files, what was rejected",
+        description="Counts the documents of a prepared data set, their lengths, tokens, files and bytes.",
+    )
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="made by drover data prepare")
+    inspect.flag("--json", action="store_true", help="as JSON")
+    return "data inspect", inspect
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from data.inspect import inspect_data, render
+
+    facts = inspect_data(arguments.folder)
+    print(json.dumps(facts, indent=2) if arguments.json else render(facts, str(arguments.folder)))
