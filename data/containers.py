@@ -56,8 +56,8 @@ def _boxes(data: bytes) -> str | None:
     at = 0
     while len(data) >= at + 8:
         size, kind = struct.unpack_from(">I4s", data, at)
-        if size == 1 and len(data) >= at + 16:
-            size = struct.unpack_from(">Q", data, at + 8)[0]
+        if size == 1:  # the size follows, in 8 bytes
+            size = struct.unpack_from(">Q", data, at + 8)[0] if len(data) >= at + 16 else 16
         if size < 8:  # 0: to the end of the file; else no box at all, which is the decoder's to judge
             return None
         if problem := _ends(f"the box {kind.decode('ascii', 'replace')}", at + size, data):
