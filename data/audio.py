@@ -312,8 +312,11 @@ def _samples(frame: av.AudioFrame) -> np.ndarray:
 
 def _flac(data: bytes, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """STREAMINFO, the first block, ends with 36 bits that count the samples (0: unknown) and 16 bytes of MD5."""
+    if len(data) < 42:
+        raise _damaged(name, f"it ends within its header, after {len(data)} bytes")
     promised = int.from_bytes(data[21:26], "big") & (2**36 - 1)
     rate, samples = int.from_bytes(data[18:21], "big") >> 4, 0
+    _check_rates(rate, 1, name)
     _check_length(promised, rate, name)
     for rate, block in _by_av(data, "flac", name):
         samples += len(block)
@@ -325,6 +328,8 @@ def _flac(data: bytes, name: str) -> Iterator[tuple[int, np.ndarray]]:
 def _mp3(data: bytes, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Most encoders put a header in the first frame, with the number of frames and bytes. Without one, an MP3 is a row
     of frames, and one that was cut short is a shorter MP3."""
+    if data[-128:-125] == b"TAG":  # ID3v1; FFmpeg would take the promised size for a lie, and not trim the end
+        data = data[:-128]
     frames, size = _xing(data)
     if size and size > len(data):
         raise _damaged(name, f"the header says {size:,} bytes, found {len(data):,}")

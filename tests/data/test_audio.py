@@ -108,6 +108,23 @@ def test_tags_before_the_sound_and_chunks_around_it_are_passed_over():
     assert len(audio.read_audio(data[:12] + b"junk\3\0\0\0abc\0" + data[12:] + b"LIST\4\0\0\0INFO", "clip")) == 5
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100])
+def test_every_version_of_mp3_agrees_with_libsndfile(rate, channels):
+    data = encoded(np.stack([tone(0.5, rate)] * channels, 1), rate, "MP3")
+    expected, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    read = audio.read_audio(data, "clip")
+    np.testing.assert_allclose(read, soxr.resample(expected.mean(axis=1), rate, 16000), atol=1e-4)
+    np.testing.assert_array_equal(audio.read_audio(data + b"TAG" + b"Title".ljust(125), "clip"), read)
+
+
+def test_an_mp3_without_a_header_of_its_length_is_read():
+    data = encoded(tone(1, 44100), 44100, "MP3")
+    frame = data[data.index(b"\xff\xfb", 4) :]
+    assert abs(len(audio.read_audio(frame, "clip")) - 16000) < 1000
+    assert len(audio.read_audio(frame[: len(frame) // 2], "clip")) < 9000  # nothing tells that it was cut
+
+
 def test_a_flac_stream_of_unstated_length_is_read():
     data = encoded(tone(0.5, 16000), 16000, "FLAC")
     np.testing.assert_array_equal(audio.read_audio(flac_promising(data, 0), "clip"), audio.read_audio(data, "clip"))
@@ -126,6 +143,8 @@ FLOATS = struct.Struct("<4f")
         (b"not a sound at all", "found 18 bytes in no known format"),
         (b"FORM\0\0\0\x1aAIFFCOMM" + bytes(18), r"no known format.*\(AIFF, M4A, RF64\), convert it"),
         (b"ID3", "no known format"),
+        (b"fLaC\0\0\0\x22" + bytes(10), "ends within its header, after 18 bytes"),
+        (b"fLaC\0\0\0\x22" + bytes(34), "found 0 samples a second"),
         (wav(b""), "found 0 samples, too few"),
         (wav(bytes(64), size=66), "header says 66 bytes of data, the file has 64"),
         (wav(bytes(64), size=2**32 - 1), "header says 4,294,967,295 bytes of data, the file has 64"),
