@@ -27,7 +27,8 @@ def main() -> None:
     for row in options.rows:
         lengths = drawn.clip(16, row).astype(np.int64)
         for parts in PARTS:
-            packing = Packing([lengths], [np.zeros_like(lengths)], [1.0], row, 0, options.window, 0, parts)
+            sizes = np.column_stack([lengths, np.zeros((len(lengths), 2), np.int64)])
+            packing = Packing([sizes], [1.0], (row, 0, 0), options.window, 0, parts)
             rows, documents = 0, 0
             start = time.perf_counter()
             while documents < options.documents:

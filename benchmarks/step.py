@@ -40,7 +40,7 @@ def measure(config: str, overrides: dict[str, str], steps: int) -> None:
     from trainer.step import Skeleton, init_state, make_train_step
 
     run = load_run(config, overrides)
-    dataset = build_dataset(run.data, run.image_spec, "train")
+    dataset = build_dataset(run.data, run.media, "train")
     batch = jax.device_put(dataset.batch(0))
     objective = next_token_objective(run.objective, len(dataset.source_names))
     state = jax.jit(lambda: init_state(run))()

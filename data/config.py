@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 Problem = tuple[str, str]
 
-SOURCES = ("text", "scenes")
-"""Names of the built-in sources: the standard library's documentation and code; drawn scenes with questions."""
+Policy = Literal["split", "truncate", "drop"]
+BUILT_IN = ("text", "scenes")
+"""Names of the sources that are made on the spot: the standard library's documentation and code; drawn scenes."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,27 @@ class VideoSpec:
 
 
 @dataclass(frozen=True)
+class MediaSpec:
+    """How files of each kind become tokens; None for a kind that the model has no encoder for."""
+
+    image: ImageSpec | None = None
+    video: VideoSpec = VideoSpec(1.0, 8)
+    audio: AudioSpec | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What the model reads, how it is packed into rows, and in which order."""
 
-    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"tiles_per_row", "seed", "workers"})
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"tiles_per_row", "windows_per_row", "seed", "workers"})
 
     mixture: Mapping[str, float] = field(default_factory=lambda: {"text": 0.3, "scenes": 0.7})
-    """Share of the tokens that each source supplies; made to sum to one."""
+    """Share of the tokens that each source supplies; made to sum to one. Names are those of `paths`, or built in: `text`,
+    the standard library of the Python that runs; `scenes`, drawn pictures with questions."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Name and folder of each prepared data set, as `drover data prepare` makes them."""
+    long_documents: Policy = "split"
+    """What becomes of a document that does not fit a row: split into pieces, truncate to the first, or drop."""
     sequence_length: int = 512
     """Tokens in a row, S."""
     row_parts: int = 1
@@ -62,6 +77,12 @@ class DataConfig:
     """Tiles that one image may be cut into, its global tile aside."""
     resize_to_max_canvas: bool = False
     """Cut small images into as many tiles as max_tiles allows, enlarged, instead of as few as hold them."""
+    windows_per_row: int = 0
+    """Windows of sound that a row can hold; 0 only without sounds."""
+    video_fps: float = 1.0
+    """Frames taken of a second of a video; each is a tile."""
+    video_frames: int = 8
+    """Frames taken of a video at most; of a longer one, so many evenly spaced."""
     tokenizer: str = "bpe"
     """`bpe` (byte-level, trained once on the training split and cached), `bytes`, or the path of a Hugging Face
     tokenizer.json or of the folder that holds one."""
@@ -69,8 +90,6 @@ class DataConfig:
     """Tokens in the BPE vocabulary that is trained, special tokens included; at most model.vocab_size."""
     scenes: int = 32768
     """Drawn scenes of the training split. A run that uses them up begins again."""
-    answer_weight: float = 1.0
-    """Weight in the loss of the tokens that answer a question about a picture; all other text weighs 1."""
     window: int = 256
     """Documents packed together; windows are independent, so any row can be found without the ones before."""
     seed: int = 0
@@ -83,15 +102,20 @@ class DataConfig:
     """Where the trained tokenizer and the tokenised text are kept between runs, under a digest of their content."""
 
     def problems(self) -> Iterator[Problem]:
-        unknown = sorted(set(self.mixture) - set(SOURCES))
+        unknown = sorted(set(self.mixture) - {*BUILT_IN, *self.paths})
         if unknown:
-            yield "mixture", f"found sources {unknown}, expected names out of {list(SOURCES)}"
+            known = [*self.paths, *BUILT_IN]
+            yield "mixture", f"found sources {unknown}, expected names out of {known}; data.paths.NAME=DIR adds one"
+        for name in sorted(set(self.paths) & set(BUILT_IN)):
+            yield "paths", f"found {name!r}, which is built in, expected another name"
         if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
             yield "mixture", f"found weights {dict(self.mixture)}, expected none below zero and a sum above zero"
         if self.sequence_length < 3:
             yield "sequence_length", f"found {self.sequence_length}, expected 3 or more"
         if self.sequence_length % self.row_parts:
             yield "row_parts", f"found {self.row_parts}, expected a divisor of sequence_length={self.sequence_length}"
+        if self.video_fps <= 0:
+            yield "video_fps", f"found {self.video_fps}, expected more than 0"
         if not self.tokenizer.strip():
             yield "tokenizer", f"found {self.tokenizer!r}, expected bpe, bytes or the path of a tokenizer.json"
         if self.tiles_per_row == 0 and self.mixture.get("scenes", 0) > 0:

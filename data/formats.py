@@ -11,14 +11,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from data import builtin
 from data.documents import Document, Rejected, parse, with_files
 from data.files import MB, from_json, read_within, too_large
 from data.groups import Stream, from_folder, from_tar, stem, unpacking
+from data.units import Format, Found, Unit
 from sharding.errors import UserError
 
-Format = Literal["jsonl", "parquet", "tar", "files"]
 ENDINGS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -34,33 +35,6 @@ UNIT_DOCUMENTS = 500
 """Documents of a folder in one unit."""
 _BLOCK = 4 * MB
 _ROWS = 16
-
-
-class Unit(NamedTuple):
-    """A part of the input that is read as one."""
-
-    format: Format
-    path: str
-    """Of the file, or of the folder."""
-    label: str
-    """The same in ids: from the name of the source on."""
-    start: int = 0
-    """Byte of a JSONL file, row group of a Parquet file."""
-    stop: int = 0
-    first: int = 1
-    """Number of its first line or row, from 1."""
-    groups: tuple[tuple[str, ...], ...] = ()
-    """Of a folder: the files of each document, relative to it."""
-    nbytes: int = 0
-    """About how much there is to read, for the progress bar."""
-
-
-class Found(NamedTuple):
-    """One record of the input."""
-
-    where: str
-    """File and line, row or member, from the name of the source on."""
-    document: Document | Rejected
 
 
 def plan(sources: Sequence[Path]) -> list[Unit]:
@@ -103,7 +77,9 @@ def format_of(name: str) -> Format | None:
 
 def read(unit: Unit, most: int) -> Iterator[Found]:
     """The documents of a unit with the bytes of their files, each of at most `most` bytes in all."""
-    if unit.format == "jsonl":
+    if unit.format == "built in":
+        yield from builtin.read(unit)
+    elif unit.format == "jsonl":
         yield from _read_jsonl(unit, most)
     elif unit.format == "parquet":
         yield from _read_parquet(unit, most)

@@ -7,15 +7,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, parent_process, resource_tracker
 from typing import Any, Self
 
 import numpy as np
 
-from data.config import DataConfig, ImageSpec
+from data.audio import SILENCE
+from data.config import DataConfig, MediaSpec
 from data.packing import Packing
-from data.sources import Source, load_sources, load_tokenizer, source_names
+from data.prepare import Told
+from data.sources import Document, Source, load_sources, load_tokenizer, source_names
 from data.tokenizer import PAD, PATCH
 from sharding.errors import UserError
 
@@ -32,26 +34,33 @@ class Dataset:
         notes: what is missing from the data or out of the ordinary, one line for the user each; most often none.
     """
 
-    def __init__(self, config: DataConfig, image: ImageSpec | None, held_out: bool):
-        self.config, self.image, self._held_out = config, image, held_out
-        self.tokenizer = load_tokenizer(config, image)
+    def __init__(
+        self, config: DataConfig, media: MediaSpec, held_out: bool, tell: Callable[[Told], None] = lambda told: None
+    ):
+        self.config, self.media, self._held_out = config, media, held_out
+        self.tokenizer = load_tokenizer(config, media)
         self.source_names = source_names(config)
-        self._sources = load_sources(config, image, held_out, self.tokenizer)
+        self._sources = load_sources(config, media, held_out, self.tokenizer, tell)
+        for source in self._sources:
+            if not len(source):
+                split = "held-out" if held_out else "training"
+                raise UserError(
+                    f"data.mixture.{source.name}: {source.data.folder} has no {split} document that fits a row. Prepare it "
+                    "with another --held-out, or change data.sequence_length or data.long_documents."
+                )
         self._packing = Packing(
-            [source.lengths for source in self._sources],
-            [source.tile_counts for source in self._sources],
+            [np.column_stack([source.lengths, source.tile_counts, source.window_counts]) for source in self._sources],
             [config.mixture[source.name] for source in self._sources],
-            config.sequence_length,
-            config.tiles_per_row,
+            (config.sequence_length, config.tiles_per_row, config.windows_per_row),
             config.window,
             config.seed,
             config.row_parts,
         )
-        self.digest = _digest(config, image, self.tokenizer.digest, self._sources)
+        self.digest = _digest(config, media, self.tokenizer.digest, self._sources)
         self.notes = tuple(note for source in self._sources for note in source.notes)
 
     def __reduce__(self):
-        return Dataset, (self.config, self.image, self._held_out)
+        return Dataset, (self.config, self.media, self._held_out)
 
     def batch(self, n: int, rows: Sequence[int] | None = None) -> Batch:
         """Batch n, or these rows of it, in this order.
@@ -62,6 +71,8 @@ class Dataset:
             each segment, sources from 1; all are 0 at padding.
             image_tiles: uint8 [B, M, t, t, 3] and image_positions: int32 [B, M, P], the index in the row of each
             tile's patch tokens; 0 and -1 in unused slots. Absent without an image encoder.
+            audio_frames: float32 [B, A, f, m] and audio_positions: int32 [B, A, P], the index in the row of each
+            window's tokens; that of silence and -1 in unused slots. Absent without an audio encoder.
         """
         rows = range(self.config.batch_size) if rows is None else rows
         B, S = len(rows), self.config.sequence_length
@@ -73,14 +84,28 @@ class Dataset:
             "positions": np.zeros((B, S), np.int32),
             "source_ids": np.zeros((B, S), np.int32),
         }
-        if self.image is not None:
-            M, t = self.config.tiles_per_row, self.image.tile_size
+        if image := self.media.image:
+            M, t = self.config.tiles_per_row, image.tile_size
             batch["image_tiles"] = np.zeros((B, M, t, t, 3), np.uint8)
-            batch["image_positions"] = np.full((B, M, self.image.tokens_per_tile), -1, np.int32)
-        for b, row in enumerate(rows):
-            packed = self._packing.row(n * self.config.batch_size + row)
-            self._fill_row({name: array[b] for name, array in batch.items()}, packed)
+            batch["image_positions"] = np.full((B, M, image.tokens_per_tile), -1, np.int32)
+        if sound := self.media.audio:
+            A = self.config.windows_per_row
+            batch["audio_frames"] = np.full((B, A, sound.frames_per_window, sound.mel_bins), SILENCE, np.float32)
+            batch["audio_positions"] = np.full((B, A, sound.tokens_per_window), -1, np.int32)
+        packed = [self._packing.row(n * self.config.batch_size + row) for row in rows]
+        documents = self._read(packed)
+        for b, placed in enumerate(packed):
+            self._fill_row({name: array[b] for name, array in batch.items()}, placed, documents)
         return batch
+
+    def _read(self, rows: list[list[tuple[int, int, int]]]) -> dict[tuple[int, int], Document]:
+        """The documents of these rows by source and number; those of a source are read together."""
+        documents = {}
+        for i, source in enumerate(self._sources):
+            items = sorted({number for row in rows for of, number, _ in row if of == i})
+            if items:
+                documents |= {(i, item): document for item, document in zip(items, source.read(items), strict=True)}
+        return documents
 
     def batches(self, start: int, stop: int, rows: Sequence[int] | None = None) -> "Batches":
         """Batches start to stop - 1 in order, or these rows of each, made ahead by worker processes (or threads).
@@ -94,10 +119,12 @@ class Dataset:
         of_source = batch["source_ids"] == self.source_names.index(source) + 1
         return int(self.tokenizer.byte_lengths[batch["targets"][of_source & (batch["loss_weights"] > 0)]].sum())
 
-    def _fill_row(self, row: Batch, documents: list[tuple[int, int, int]]) -> None:
-        slot = 0
-        for segment, (source, number, at) in enumerate(documents, start=1):
-            document = self._sources[source].document(number)
+    def _fill_row(
+        self, row: Batch, placed: list[tuple[int, int, int]], documents: dict[tuple[int, int], Document]
+    ) -> None:
+        tile = window = 0
+        for segment, (source, number, at) in enumerate(placed, start=1):
+            document = documents[source, number]
             length = len(document.tokens_S)
             span = slice(at, at + length)
             row["tokens"][span] = document.tokens_S
@@ -108,22 +135,30 @@ class Dataset:
             row["loss_weights"][at : at + length - 1] = weights_S
             row["targets"][at : at + length - 1] = np.where(weights_S > 0, document.tokens_S[1:], 0)
             if document.tiles_M is not None:
-                slots = slice(slot, slot + len(document.tiles_M))
+                slots = slice(tile, tile + len(document.tiles_M))
                 patches = np.flatnonzero(document.tokens_S == self.tokenizer.special[PATCH]) + at
                 row["image_tiles"][slots] = document.tiles_M
                 row["image_positions"][slots] = patches.reshape(len(document.tiles_M), -1)
-                slot = slots.stop
+                tile = slots.stop
+            if document.windows_A is not None and document.window_places_A is not None:
+                slots = slice(window, window + len(document.windows_A))
+                places = document.window_places_A
+                row["audio_frames"][slots] = document.windows_A
+                row["audio_positions"][slots] = np.where(places >= 0, places + at, -1)
+                window = slots.stop
 
 
-def build_dataset(config: DataConfig, image: ImageSpec | None, split: str) -> Dataset:
-    """The data of a split, "train" or "heldout".
+def build_dataset(
+    config: DataConfig, media: MediaSpec, split: str, tell: Callable[[Told], None] = lambda told: None
+) -> Dataset:
+    """The data of a split, "train" or "heldout"; `tell` hears of built-in data that have to be prepared first.
 
     Raises:
         UserError: the options cannot be met, or the cache cannot be written.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'heldout'")
-    return Dataset(config, image, split == "heldout")
+    return Dataset(config, media, split == "heldout", tell)
 
 
 class Batches:
@@ -255,24 +290,18 @@ def _end_with_trainer() -> None:
         os._exit(1)
 
 
-def _digest(config: DataConfig, image: ImageSpec | None, tokenizer_digest: str, sources: list[Source]) -> str:
-    """Over everything that batches are made of, pictures by a sample (another Pillow may draw differently)."""
+def _digest(config: DataConfig, media: MediaSpec, tokenizer_digest: str, sources: list[Source]) -> str:
+    """Over everything that batches are made of."""
     options = (
         config.sequence_length,
         config.batch_size,
         config.tiles_per_row,
+        config.windows_per_row,
         config.window,
         config.seed,
-        config.answer_weight,
         config.row_parts,
-        [(source.name, config.mixture[source.name]) for source in sources],
-        image,
+        config.long_documents,
+        [(source.name, config.mixture[source.name], source.data.facts["digest"]) for source in sources],
+        media,
     )
-    content = hashlib.sha256(repr((options, tokenizer_digest)).encode())
-    for source in sources:
-        for array in (source.tokens, source.starts, source.tile_counts):
-            content.update(np.ascontiguousarray(array).tobytes())
-        if source.make_tiles:
-            for i in range(min(16, len(source))):
-                content.update(source.make_tiles(i).tobytes())
-    return content.hexdigest()
+    return hashlib.sha256(repr((options, tokenizer_digest)).encode()).hexdigest()

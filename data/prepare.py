@@ -12,6 +12,7 @@ comes out does not depend on the number of workers, nor on interruptions.
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -30,11 +31,11 @@ import numpy as np
 from data import formats
 from data.documents import Rejected
 from data.filters import TRANSFORMS, check, load_classifier, transformed
-from data.formats import Unit
 from data.index import FORMAT, Index, Part, write_json
 from data.records import Entry, prepared
 from data.shards import Shards, shard_name
 from data.tokenizer import Tokenizer, load_bpe, load_bytes, load_file
+from data.units import Unit
 from sharding.errors import UserError
 
 SAMPLE_CHARACTERS = 30_000_000
@@ -98,16 +99,38 @@ def prepare(
     units = formats.plan(sources)
     if not units:
         raise UserError(f"{', '.join(map(str, sources))}: found no files to read.")
-    work = _begin(out, units, options)
+    inputs = {unit.path: [os.stat(unit.path).st_size, os.stat(unit.path).st_mtime_ns] for unit in units}
+    work = _begin(out, units, inputs, options)
     tokenizer = _tokenizer(out, units, options)
     _prepare_units(work, units, options, tokenizer, workers, tell)
-    return _finish(out, sources, units, options, tokenizer)
+    return _finish(out, [str(source.resolve()) for source in sources], len(units), options, tokenizer)
 
 
-def _begin(out: Path, units: Sequence[Unit], options: Options) -> Path:
+def prepare_built_in(
+    name: str, units: Sequence[Unit], tokenizer: Tokenizer, out: Path, workers: int, tell: Callable[[Told], None]
+) -> None:
+    """Prepares a built-in source into `out`, unless that is done, or goes on with it. One process does, others wait.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    options = Options(tokenizer.digest, held_out=0, keep_duplicates=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.with_name(f".{out.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (out / "dataset.json").exists():
+                work = _begin(out, units, {}, options)
+                _write_text(out / "tokenizer.json", tokenizer.serialised)
+                _prepare_units(work, units, options, tokenizer, workers, tell)
+                _finish(out, [name], len(units), options, tokenizer)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _begin(out: Path, units: Sequence[Unit], inputs: Any, options: Options) -> Path:
     """The folder of what is unfinished; checks that an earlier start was the same."""
     work = out / "unfinished"
-    inputs = {unit.path: [os.stat(unit.path).st_size, os.stat(unit.path).st_mtime_ns] for unit in units}
     plan = hashlib.sha256(json.dumps([FORMAT, units, inputs, dataclasses.asdict(options)]).encode()).hexdigest()
     try:
         if out.exists() and not work.exists() and any(out.iterdir()):
@@ -186,6 +209,12 @@ def _prepare_units(
     left = [i for i in range(len(units)) if i not in counts]
     if not left:
         return
+    if min(workers, len(left)) == 1:
+        _start(work, options, tokenizer)
+        for i in left:
+            counts[i] = _prepare_unit(i, units[i])
+            told()
+        return
     context = multiprocessing.get_context("spawn")  # a forked child would share locks with the parent's threads
     arguments = (work, options, tokenizer)
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(left)), context, _start, arguments) as pool:
@@ -250,12 +279,10 @@ def token_dtype(size: int) -> np.dtype:
     return np.dtype("<u2" if size <= 2**16 else "<u4")
 
 
-def _finish(
-    out: Path, sources: Sequence[Path], units: Sequence[Unit], options: Options, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def _finish(out: Path, sources: Sequence[str], units: int, options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes the index, what was rejected, and last dataset.json."""
     work = out / "unfinished"
-    parts = [Part.read(work, i) for i in range(len(units))]
+    parts = [Part.read(work, i) for i in range(units)]
     part, dtype = Part.joined(parts), token_dtype(tokenizer.size)
     shards = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
     records = np.concatenate([np.arange(len(p), dtype=np.int32) for p in parts])
@@ -268,14 +295,14 @@ def _finish(
         rules = Counter[str]()
         with open(work / "rejected.jsonl", "w", encoding="utf-8") as file:
             for line in itertools.chain(
-                _rejected(work, len(units)), _duplicates(out, shards, records, by_id, by_content, dtype)
+                _rejected(work, units), _duplicates(out, shards, records, by_id, by_content, dtype)
             ):
                 rules[line["rule"]] += 1
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(work / "rejected.jsonl", out / "rejected.jsonl")
         facts = {
             "format": FORMAT,
-            "sources": [str(source.resolve()) for source in sources],
+            "sources": list(sources),
             "options": dataclasses.asdict(options),
             "tokenizer": tokenizer.digest,
             "token_dtype": dtype.str,

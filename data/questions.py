@@ -8,9 +8,9 @@ from PIL import Image
 
 from data import scene_text
 from data import scenes as drawn
+from data.builtin import HELD_OUT_SCENES, scene_prefix
 from data.config import DataConfig, ImageSpec
 from data.scene_text import Ask
-from data.sources import HELD_OUT_SCENES, scene_prefix
 from data.tokenizer import Tokenizer
 
 _ROUND = ("colour", "shape", "size", "position", "word", "colour", "shape", "count", "relation")

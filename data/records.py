@@ -18,6 +18,7 @@ from data.documents import MEDIA, Document, Kind, Part, Rejected
 from data.images import read_image
 from data.sequence import End, Piece, Text, Token, encode
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
+from data.video import probe_video
 from sharding.errors import UserError
 
 FACTS = 3
@@ -165,7 +166,16 @@ def _audio_facts(data: bytes, name: str) -> tuple[int, ...]:
     return (len(read_audio(data, name)),)
 
 
-_PROBES: dict[Kind, Callable[[bytes, str], tuple[int, ...]]] = {"image": _image_facts, "audio": _audio_facts}
+def _video_facts(data: bytes, name: str) -> tuple[int, ...]:
+    found = probe_video(data, name)
+    return found.duration_ms, found.height, found.width
+
+
+_PROBES: dict[Kind, Callable[[bytes, str], tuple[int, ...]]] = {
+    "image": _image_facts,
+    "video": _video_facts,
+    "audio": _audio_facts,
+}
 
 
 def _runs(weights: np.ndarray) -> tuple[list[int], list[float]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from data.config import DataConfig, ImageSpec
+from data.config import DataConfig, ImageSpec, MediaSpec, VideoSpec
 from model.config import ModelConfig
 from sharding.config import MeshConfig
 
@@ -143,6 +143,11 @@ class RunConfig:
         if vision is None:
             return None
         return ImageSpec(vision.image_size, vision.tokens_per_tile, data.max_tiles, data.resize_to_max_canvas)
+
+    @property
+    def media(self) -> MediaSpec:
+        """How files of each kind become tokens."""
+        return MediaSpec(self.image_spec, VideoSpec(self.data.video_fps, self.data.video_frames))
 
     def problems(self) -> Iterator[Problem]:
         """Conflicts between sections; each section names its own."""

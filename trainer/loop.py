@@ -33,6 +33,7 @@ from trainer.metrics import Logger, MetricsLogger, NoLogger
 from trainer.objective import metrics, next_token_objective
 from trainer.placement import memory_line, place_run
 from trainer.processes import anyone_says, check_same, is_leader, leader_says
+from trainer.progress import prepare_bar
 from trainer.report import write_report
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
@@ -114,7 +115,8 @@ class Run:
         check_memory(abstract_state(run, skeleton), mesh)
         device = mesh.devices[0]
         self.peak = peak_flops(device, run.model.dtype)  # now, while nothing else uses the processor
-        self.dataset = build_dataset(run.data, run.image_spec, "train")
+        with prepare_bar("preparing built-in data") as tell:
+            self.dataset = build_dataset(run.data, run.media, "train", tell)
         if self.dataset.tokenizer.size > run.model.vocab_size:
             raise UserError(
                 f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, as "
@@ -148,7 +150,7 @@ class Run:
             make_train_step(run, skeleton, objective), make_eval_step(skeleton, objective)
         )
         self.compile_s = time.perf_counter() - compile_start
-        held_out = build_dataset(run.data, run.image_spec, "heldout")
+        held_out = build_dataset(run.data, run.media, "heldout")
         self.held_out = HeldOut(
             held_out, eval_fn, lambda batch: mesh.put({k: a[self.share] for k, a in batch.items()}, rows)
         )

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from data.config import DataConfig, ImageSpec
+from data.config import DataConfig, ImageSpec, MediaSpec
 from data.pipeline import Dataset, build_dataset
 
 IMAGE = ImageSpec(tile_size=32, tokens_per_tile=4, max_tiles=4)
@@ -30,12 +30,17 @@ def image() -> ImageSpec:
 
 
 @pytest.fixture(scope="session")
-def dataset(config, image) -> Dataset:
-    return build_dataset(config, image, "train")
+def media(image) -> MediaSpec:
+    return MediaSpec(image)
 
 
 @pytest.fixture(scope="session")
-def scenes_only(config, image) -> Dataset:
+def dataset(config, media) -> Dataset:
+    return build_dataset(config, media, "train")
+
+
+@pytest.fixture(scope="session")
+def scenes_only(config, media) -> Dataset:
     """Bytes for tokens, so that nothing has to be trained; quick to make again in another process."""
     small = dataclasses.replace(config, mixture={"scenes": 1.0}, tokenizer="bytes", sequence_length=512, scenes=100)
-    return build_dataset(small, image, "train")
+    return build_dataset(small, media, "train")

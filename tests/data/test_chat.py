@@ -1,5 +1,7 @@
 """Conversations in Llama 4's turns: by the book, alike in the template, and not to be forged."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +29,10 @@ def messages(text):
     return st.lists(st.builds(Message, st.sampled_from(ROLES), content), max_size=4)
 
 
+def names(tokens: Any) -> list[str]:
+    return [token.name for token in tokens]
+
+
 def written(chat: list[Message], ask: bool) -> str:
     """The conversation with special tokens spelled out."""
     turns = []
@@ -36,7 +42,7 @@ def written(chat: list[Message], ask: bool) -> str:
             if isinstance(part, str):
                 inner += part.strip() if not turns and role == "system" else part
             else:
-                inner += "".join(token.name for token in part)
+                inner += "".join(names(part))
         turns.append(f"<|header_start|>{role}<|header_end|>\n\n{inner}<|eot|>")
     return "<|begin_of_text|>" + "".join(turns) + "<|header_start|>assistant<|header_end|>\n\n" * ask
 
@@ -106,17 +112,11 @@ def test_a_token_weighs_what_the_text_weighs_in_which_it_ends(texts):
 
 
 def test_only_answers_and_their_ends_weigh_in_a_conversation():
-    chat = [
-        Message("user", [Text("Hi!", 0.0)]),
-        Message("assistant", [Text("Yes.", 1.0)]),
-        Message("user", [Text("?", 0)]),
-    ]
-    found = encode(TOKENIZER, chat_pieces(chat, weights=True))
+    turns = [("user", Text("Hi!", 0.0)), ("assistant", Text("Yes.", 1.0)), ("user", Text("?", 0.0))]
+    found = encode(TOKENIZER, chat_pieces([Message(role, [text]) for role, text in turns], weights=True))
     weighted = [i for i, weight in zip(found.ids, found.weights, strict=True) if weight]
     assert weighted == [*TOKENIZER.encode("Yes."), TOKENIZER.special[TURN_END]]
-    assert found.ids == chat_tokens(
-        TOKENIZER, [Message(role, [part.text for part in parts]) for role, parts in chat], False
-    )
+    assert found.ids == chat_tokens(TOKENIZER, [Message(role, text.text) for role, text in turns], False)
 
 
 def test_an_end_cuts_a_text_and_holds_the_place_of_a_file():
@@ -159,7 +159,7 @@ def rendered(chat: list[Message], ask: bool, **more: object) -> str:
 @given(messages(PLAIN_TEXT), st.booleans())
 def test_the_template_writes_the_same(chat, ask):
     pictures = [
-        [token.name for token in part]
+        names(part)
         for _, content in chat
         if not isinstance(content, str)
         for part in content

@@ -9,25 +9,26 @@ from hypothesis import strategies as st
 
 from data.packing import Packing, pack_rows
 
-DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4)), max_size=40)
+DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(0, 3)), max_size=40)
 
 
-@given(DOCUMENTS, st.integers(60, 90), st.integers(4, 7))
-def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, tiles):
-    lengths, counts = [d[0] for d in documents], [d[1] for d in documents]
-    rows = pack_rows(lengths, counts, tokens, tiles)
+@given(DOCUMENTS, st.integers(60, 90), st.integers(4, 7), st.integers(3, 5))
+def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, tiles, windows):
+    lengths = [d[0] for d in documents]
+    rows = pack_rows(documents, (tokens, tiles, windows))
     assert sorted(i for row in rows for i, _ in row) == list(range(len(documents)))
     for row in rows:
         assert row
         assert [start for _, start in row] == [sum(lengths[i] for i, _ in row[:n]) for n in range(len(row))]
         assert sum(lengths[i] for i, _ in row) <= tokens
-        assert sum(counts[i] for i, _ in row) <= tiles
+        assert sum(documents[i][1] for i, _ in row) <= tiles
+        assert sum(documents[i][2] for i, _ in row) <= windows
 
 
 @given(DOCUMENTS, st.sampled_from([2, 3, 4]), st.integers(15, 25), st.integers(4, 7))
 def test_in_rows_of_parts_only_documents_that_begin_with_a_part_cross_its_edge(documents, parts, part, tiles):
-    documents = [(min(length, parts * part), count) for length, count in documents]
-    rows = pack_rows([d[0] for d in documents], [d[1] for d in documents], parts * part, tiles, parts)
+    documents = [(min(length, parts * part), tiles, windows) for length, tiles, windows in documents]
+    rows = pack_rows(documents, (parts * part, tiles, 3), parts)
     assert sorted(i for row in rows for i, _ in row) == list(range(len(documents)))
     for row in rows:
         assert row
@@ -42,18 +43,22 @@ def test_in_rows_of_parts_only_documents_that_begin_with_a_part_cross_its_edge(d
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=9), st.integers(3, 6))
-def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles):
-    lengths, counts, tokens = [d[0] for d in documents], [d[1] for d in documents], 30
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=9),
+    st.integers(3, 6),
+    st.integers(2, 3),
+)
+def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles, windows):
+    lengths, tokens = [d[0] for d in documents], 30
     left = set(range(len(documents)))
-    for row in ([i for i, _ in row] for row in pack_rows(lengths, counts, tokens, tiles)):
+    for row in ([i for i, _ in row] for row in pack_rows(documents, (tokens, tiles, windows))):
         first = max(left, key=lambda i: (lengths[i], -i))
         assert row[0] == first
         others = sorted(left - {first})
         fullest = 0
         for subset in range(2 ** len(others)):  # all of them
             chosen = [first, *(i for k, i in enumerate(others) if subset >> k & 1)]
-            if sum(counts[i] for i in chosen) <= tiles:
+            if sum(documents[i][1] for i in chosen) <= tiles and sum(documents[i][2] for i in chosen) <= windows:
                 used = sum(lengths[i] for i in chosen)
                 fullest = used if fullest < used <= tokens else fullest
         assert sum(lengths[i] for i in row) == fullest
@@ -64,7 +69,8 @@ def small_packing(sizes, shares, window=16, seed=0) -> tuple[Packing, list[np.nd
     rng = np.random.default_rng(1)
     lengths = [rng.integers(5, 60, size) for size in sizes]
     tiles = [rng.integers(0, 3, size) for size in sizes]
-    return Packing(lengths, tiles, shares, 64, 4, window, seed), lengths
+    sizes = [np.column_stack([n, t, np.zeros_like(n)]) for n, t in zip(lengths, tiles, strict=True)]
+    return Packing(sizes, shares, (64, 4, 0), window, seed), lengths
 
 
 def rows_per_cycle(packing: Packing) -> int:
@@ -138,5 +144,5 @@ def test_a_tiny_share_costs_nothing_until_its_rows_are_asked_for():
 def test_packing_wastes_less_than_three_per_cent(tokens):
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.normal(105, 19, 180).clip(60, 190), rng.uniform(400, 512, 30)]).astype(int).tolist()
-    rows = pack_rows(lengths, [1] * len(lengths), tokens, 64)
+    rows = pack_rows([(length, 1, 0) for length in lengths], (tokens, 64, 0))
     assert sum(lengths) / (tokens * len(rows)) > 0.97

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 
 from data import text
-from data.config import DataConfig
+from data.config import DataConfig, MediaSpec
 from data.images import layout, tiles
 from data.pipeline import Dataset, build_dataset
 from data.scene_text import document
 from data.scenes import HELD_OUT_START, NOVEL, draw, make_scene
+from data.sources import Document
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, IMAGE_TOKENS, PAD, PATCH
 from sharding.errors import UserError
 
@@ -32,6 +34,10 @@ def row_documents(dataset: Dataset, n: int) -> list[tuple[str, int, int]]:
     return [(dataset.source_names[source], number, start) for source, number, start in dataset._packing.row(n)]
 
 
+def documents(dataset: Dataset, source: str, items: list[int]) -> list[Document]:
+    return next(s for s in dataset._sources if s.name == source).read(items)
+
+
 def slow_scene(dataset: Dataset, config, image, index: int):
     """Tokens, weights and tiles of a scene's document, one piece of text after the other."""
     tokenizer = dataset.tokenizer
@@ -42,7 +48,7 @@ def slow_scene(dataset: Dataset, config, image, index: int):
     for piece in document(scene, random.Random(f"text/{config.seed}/{index}")):
         ids = tokenizer.encode(piece.text)
         tokens += ids
-        weights += [config.answer_weight if piece.answer else 1.0] * len(ids)
+        weights += [1.0] * len(ids)
     return (
         [*tokens, tokenizer.special[END_OF_TEXT]],
         [*weights, 1.0],
@@ -73,7 +79,7 @@ def slow_batch(dataset: Dataset, config, image, n: int, first_scene: int):
                 row["image_tiles"] += list(picture)
                 row["image_positions"] += np.array(patches).reshape(len(picture), -1).tolist()
             else:
-                tokens = next(s for s in dataset._sources if s.name == "text").document(number).tokens_S.tolist()
+                tokens = documents(dataset, "text", [number])[0].tokens_S.tolist()
                 weights = [0.0] + [1.0] * (len(tokens) - 1)
             for i, token in enumerate(tokens):
                 weight = weights[i + 1] if i + 1 < len(tokens) else 0.0
@@ -97,9 +103,9 @@ def test_a_batch_is_what_a_slow_derivation_gives(dataset, config, image, n):
     assert_equal(dataset.batch(n), slow_batch(dataset, config, image, n, 0))
 
 
-def test_in_rows_of_parts_documents_begin_where_they_should(config, image):
+def test_in_rows_of_parts_documents_begin_where_they_should(config, image, media):
     parts = dataclasses.replace(config, row_parts=2)
-    dataset = build_dataset(parts, image, "train")
+    dataset = build_dataset(parts, media, "train")
     batches = [dataset.batch(n) for n in range(4)]
     assert_equal(batches[3], slow_batch(dataset, parts, image, 3, 0))
     gaps = [ids[:, 127] == 0 for ids in (batch["segment_ids"] for batch in batches)]
@@ -107,12 +113,9 @@ def test_in_rows_of_parts_documents_begin_where_they_should(config, image):
     assert any((gap & after).any() for gap, after in zip(gaps, follow, strict=True))  # padding within a row
 
 
-def test_held_out_batches_too_and_answers_weigh_as_configured(config, image):
-    heavy = dataclasses.replace(config, answer_weight=2.5)
-    dataset = build_dataset(heavy, image, "heldout")
-    batch = dataset.batch(3)
-    assert_equal(batch, slow_batch(dataset, heavy, image, 3, HELD_OUT_START))
-    assert set(np.unique(batch["loss_weights"])) == {0, 1, 2.5}
+def test_held_out_batches_too(config, image, media):
+    dataset = build_dataset(config, media, "heldout")
+    assert_equal(dataset.batch(3), slow_batch(dataset, config, image, 3, HELD_OUT_START))
 
 
 def test_image_positions_point_at_every_patch_token(dataset):
@@ -146,12 +149,11 @@ def test_training_text_names_no_novel_combination(dataset):
 
 def test_text_bytes_are_those_of_the_documents(dataset, config):
     """All of a document is predicted but its first token, which is no text."""
-    source_of_text = next(source for source in dataset._sources if source.name == "text")
     total = 0
     for n in range(8):
         rows = [row_documents(dataset, n * config.batch_size + b) for b in range(config.batch_size)]
-        documents = [source_of_text.document(number) for row in rows for source, number, _ in row if source == "text"]
-        expected = sum(len(dataset.tokenizer.decode(document.tokens_S).encode()) for document in documents)
+        found = documents(dataset, "text", [number for row in rows for source, number, _ in row if source == "text"])
+        expected = sum(int(dataset.tokenizer.byte_lengths[document.tokens_S].sum()) for document in found)
         assert dataset.target_bytes(dataset.batch(n)) == expected
         total += expected
     assert total > 0
@@ -160,7 +162,7 @@ def test_text_bytes_are_those_of_the_documents(dataset, config):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_are_the_same_whatever_the_workers_and_the_start(scenes_only, workers):
     config = dataclasses.replace(scenes_only.config, workers=workers, prefetch=2)
-    dataset = build_dataset(config, scenes_only.image, "train")
+    dataset = build_dataset(config, scenes_only.media, "train")
     with dataset.batches(5, 12) as batches:
         got = list(batches)
     assert len(got) == 7
@@ -179,14 +181,14 @@ def test_pickling_keeps_the_batches(dataset):
 
 
 def test_the_digest_changes_with_what_the_batches_depend_on(scenes_only):
-    config, image = scenes_only.config, scenes_only.image
+    config, media = scenes_only.config, scenes_only.media
     others = [
-        build_dataset(dataclasses.replace(config, **change), image, "train").digest
-        for change in ({"seed": 1}, {"batch_size": 4}, {"window": 16}, {"scenes": 99}, {"sequence_length": 600})
+        build_dataset(dataclasses.replace(config, **change), media, "train").digest
+        for change in ({"seed": 1}, {"batch_size": 4}, {"window": 17}, {"scenes": 99}, {"sequence_length": 600})
     ]
     assert len({scenes_only.digest, *others}) == 6
     same = dataclasses.replace(config, workers=3, prefetch=9)
-    assert build_dataset(same, image, "train").digest == scenes_only.digest
+    assert build_dataset(same, media, "train").digest == scenes_only.digest
 
 
 def test_notes_are_those_of_the_sources_and_survive_pickling(scenes_only, monkeypatch, tmp_path):
@@ -202,34 +204,44 @@ def test_notes_are_those_of_the_sources_and_survive_pickling(scenes_only, monkey
         scenes=20,
         cache_dir=str(tmp_path),
     )
-    dataset = build_dataset(config, scenes_only.image, "train")
-    assert pickle.loads(pickle.dumps(dataset)).notes == dataset.notes == ("text: a note",)
+    dataset = build_dataset(config, scenes_only.media, "train")
+    assert pickle.loads(pickle.dumps(dataset)).notes == dataset.notes
+    assert dataset.notes == ("text: a note",)
 
 
 def test_text_alone_needs_no_images(config):
     only_text = dataclasses.replace(config, mixture={"text": 1.0}, tokenizer="bytes")
-    batch = build_dataset(only_text, None, "heldout").batch(0)
+    batch = build_dataset(only_text, MediaSpec(), "heldout").batch(0)
     assert "image_tiles" not in batch
     assert set(np.unique(batch["source_ids"])) <= {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sequence_length": 60}, r"data\.sequence_length: found 60, expected at least \d+ for the longest scene"),
-        ({"tiles_per_row": 2}, r"data\.tiles_per_row: found 2, expected at least 3"),
-    ],
-)
-def test_a_scene_that_does_not_fit_a_row_is_refused(scenes_only, change, message):
-    with pytest.raises(UserError, match=message):
-        build_dataset(dataclasses.replace(scenes_only.config, **change), scenes_only.image, "train")
+def test_documents_that_do_not_fit_a_row_are_told(scenes_only):
+    for change, words in (
+        (
+            {"sequence_length": 60},
+            r"scenes: \d+ documents do not fit a row \(60 tokens, .*\) and were split into \d+ pieces",
+        ),
+        ({"sequence_length": 250, "long_documents": "drop"}, r"and were dropped \(\d+\) \(data\.long_documents\)"),
+        ({"tiles_per_row": 2}, r"; \d+ were dropped, since one of their files alone does not fit"),
+    ):
+        dataset = build_dataset(dataclasses.replace(scenes_only.config, **change), scenes_only.media, "train")
+        [note] = dataset.notes
+        assert re.search(words, note), note
+
+
+def test_a_row_that_no_document_fits_is_refused(scenes_only):
+    config = dataclasses.replace(scenes_only.config, sequence_length=5)
+    with pytest.raises(UserError, match=r"data\.mixture\.scenes: .* has no training document that fits a row"):
+        build_dataset(config, scenes_only.media, "train")
 
 
 def test_on_the_largest_canvas_every_scene_has_all_its_tiles(scenes_only):
     """One tile of picture becomes four and a global one; all else is as it was."""
-    image = dataclasses.replace(scenes_only.image, resize_to_max_canvas=True)
-    large = build_dataset(scenes_only.config, image, "train")
+    image = dataclasses.replace(scenes_only.media.image, resize_to_max_canvas=True)
+    large = build_dataset(scenes_only.config, MediaSpec(image), "train")
     assert large.digest != scenes_only.digest
+    everything = documents(large, "scenes", list(range(100)))
     for n in range(3):
         batch = large.batch(n)
         for b in range(len(batch["tokens"])):
@@ -238,7 +250,7 @@ def test_on_the_largest_canvas_every_scene_has_all_its_tiles(scenes_only):
             np.testing.assert_array_equal(positions[positions >= 0], patches)
             for segment in range(1, batch["segment_ids"][b].max() + 1):
                 ids = batch["tokens"][b][batch["segment_ids"][b] == segment]
-                index = next(i for i in range(100) if large._sources[0].document(i).tokens_S.tolist() == ids.tolist())
+                index = next(i for i in range(100) if everything[i].tokens_S.tolist() == ids.tolist())
                 picture = draw(make_scene(scenes_only.config.seed, index, image))
                 cut, canvas = tiles(picture, image)
                 assert len(cut) == 5 if picture.width == picture.height else 3
@@ -251,7 +263,7 @@ def test_on_the_largest_canvas_every_scene_has_all_its_tiles(scenes_only):
 
 def test_scenes_without_an_image_encoder_are_refused(scenes_only):
     with pytest.raises(UserError, match=r"data\.mixture\.scenes"):
-        build_dataset(scenes_only.config, None, "train")
+        build_dataset(scenes_only.config, MediaSpec(), "train")
 
 
 def test_nothing_here_imports_jax_until_batches_are_iterated():

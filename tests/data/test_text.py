@@ -4,11 +4,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data import text
-from data.config import DataConfig
+from data.config import DataConfig, MediaSpec
 from data.sources import load_sources
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, load_bytes
 from sharding.errors import UserError
@@ -103,30 +102,33 @@ def test_a_warm_start_notes_the_same_as_a_cold_one(library, monkeypatch, tmp_pat
     for path in library.glob("module*.py"):
         held_out = text.TextFile(path.name, "").held_out
         path.write_text("short\n" + "a" * (11 if held_out else 19) + "\n")
-    config = DataConfig(mixture={"text": 1.0}, tokenizer="bytes", sequence_length=8, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        mixture={"text": 1.0}, tokenizer="bytes", sequence_length=8, workers=0, cache_dir=str(tmp_path / "cache")
+    )
     tokenizer = load_bytes()
     unread = "text: 1 of 3 files could not be read and was skipped: latin.py"
+    rows = "do not fit a row (8 tokens, 8 tiles, 0 windows of sound) and were split into"
     expected = {
-        False: (unread, "text: 2 documents were cut within a line to fit 8 tokens"),
-        True: (unread, "text: 1 held-out document was cut within a line to fit 8 tokens"),
+        False: (unread, f"text: 2 documents {rows} 6 pieces (data.long_documents)"),
+        True: (unread, f"text: 1 held-out documents {rows} 3 pieces (data.long_documents)"),
     }
     for _ in range(2):
         for held_out, notes in expected.items():
-            (source,) = load_sources(config, None, held_out, tokenizer)
+            (source,) = load_sources(config, MediaSpec(), held_out, tokenizer, lambda told: None)
             assert source.notes == notes
-        monkeypatch.setattr("data.sources._index_text", lambda *_: pytest.fail("indexed again"))
+        monkeypatch.setattr("data.sources.cut", lambda *_: pytest.fail("listed again"))
+        monkeypatch.setattr("data.prepare._prepare_unit", lambda *_: pytest.fail("prepared again"))
 
 
 @pytest.mark.parametrize(("length", "held_out"), [(256, False), (40, True)])
-def test_documents_put_together_are_the_files(config, image, dataset, length, held_out):
+def test_documents_put_together_are_the_files(config, media, dataset, length, held_out):
     small = dataclasses.replace(config, sequence_length=length, mixture={"text": 1.0})
-    (source,) = load_sources(small, image, held_out, dataset.tokenizer)
+    (source,) = load_sources(small, media, held_out, dataset.tokenizer, lambda told: None)
     special = dataset.tokenizer.special
     assert source.lengths.max() <= length
-    assert int(source.starts[-1]) == len(source.tokens)
     files, current = [], []
-    for i in range(len(source)):
-        tokens = source.document(i).tokens_S.tolist()
+    for document in source.read(range(len(source))):
+        tokens = document.tokens_S.tolist()
         assert tokens[0] == special[BEGIN_OF_TEXT]
         assert special[BEGIN_OF_TEXT] not in tokens[1:]
         assert special[END_OF_TEXT] not in tokens[:-1]
@@ -136,11 +138,3 @@ def test_documents_put_together_are_the_files(config, image, dataset, length, he
             current = []
     assert not current
     assert files == [file.text for file in FILES if file.held_out == held_out]
-
-
-def test_documents_begin_at_lines_where_lines_are_short(config, image, dataset):
-    (source,) = load_sources(dataclasses.replace(config, mixture={"text": 1.0}), image, False, dataset.tokenizer)
-    end = dataset.tokenizer.special[END_OF_TEXT]
-    cut = [i for i in range(1, len(source)) if source.document(i - 1).tokens_S[-1] != end]
-    at_line = [dataset.tokenizer.decode(source.document(i).tokens_S).startswith("\n") for i in cut]
-    assert np.mean(at_line) > 0.99

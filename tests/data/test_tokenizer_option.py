@@ -20,9 +20,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def from_file(config, image, folder) -> Dataset:
+def from_file(config, media, folder) -> Dataset:
     return build_dataset(
-        dataclasses.replace(config, tokenizer=str(folder), scenes=60, sequence_length=512), image, "train"
+        dataclasses.replace(config, tokenizer=str(folder), scenes=60, sequence_length=512), media, "train"
     )
 
 
@@ -44,47 +44,47 @@ def test_batches_have_the_ids_of_the_file(from_file, dataset):
 
 def test_documents_say_the_same_in_any_tokenizer(from_file, dataset):
     for i in range(60):
-        (ours,) = (source.document(i) for source in dataset._sources if source.name == "scenes")
-        (theirs,) = (source.document(i) for source in from_file._sources if source.name == "scenes")
+        ((ours,),) = (source.read([i]) for source in dataset._sources if source.name == "scenes")
+        ((theirs,),) = (source.read([i]) for source in from_file._sources if source.name == "scenes")
         assert from_file.tokenizer.decode(theirs.tokens_S) == dataset.tokenizer.decode(ours.tokens_S)
 
 
-def test_another_tokenizer_in_the_same_place_gives_other_data(config, image, from_file, tmp_path):
+def test_another_tokenizer_in_the_same_place_gives_other_data(config, media, from_file, tmp_path):
     """The cache is shared, and would give the ids of the first one."""
     (tmp_path / "tokenizer.json").write_text(llama4.serialised())
     here = dataclasses.replace(from_file.config, tokenizer=str(tmp_path / "tokenizer.json"))
-    first = build_dataset(here, image, "train")
+    first = build_dataset(here, media, "train")
     assert first.digest == from_file.digest
     content = llama4.plain()
     del content["model"]["merges"][100:]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    second = build_dataset(here, image, "train")
+    second = build_dataset(here, media, "train")
     assert second.digest != first.digest
     for before, after in zip(first._sources, second._sources, strict=True):
-        fewer, more = before.document(0).tokens_S, after.document(0).tokens_S
+        fewer, more = before.read([0])[0].tokens_S, after.read([0])[0].tokens_S
         said, again = first.tokenizer.decode(fewer), second.tokenizer.decode(more)
         assert said.startswith(again) if before.name == "text" else said == again  # a row holds less text now
         assert len(more) / len(again) > len(fewer) / len(said)
 
 
-def test_what_the_data_needs_and_the_file_lacks_is_named(config, image, tmp_path):
+def test_what_the_data_needs_and_the_file_lacks_is_named(config, media, tmp_path):
     content = llama4.plain()
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < llama4.BPE_SIZE + 12]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     lacking = dataclasses.replace(config, tokenizer=str(tmp_path))
     missing = r"<\|tile_x_separator\|>, <\|tile_y_separator\|>, <\|image\|>, <\|patch\|>, expected"
     with pytest.raises(UserError, match=rf"data\.tokenizer .*/tokenizer\.json: found no special token {missing}"):
-        build_dataset(lacking, image, "train")
+        build_dataset(lacking, media, "train")
     text = dataclasses.replace(lacking, mixture={"text": 1.0})
-    assert build_dataset(text, image, "heldout").batch(0)["tokens"].max() < llama4.BPE_SIZE + 12
+    assert build_dataset(text, media, "heldout").batch(0)["tokens"].max() < llama4.BPE_SIZE + 12
     content["added_tokens"] = content["added_tokens"][:1]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     missing = r"<\|end_of_text\|>, <\|finetune_right_pad\|>, expected"
     with pytest.raises(UserError, match=rf"found no special token {missing}"):
-        build_dataset(text, image, "heldout")
+        build_dataset(text, media, "heldout")
 
 
 @pytest.mark.parametrize("name", ["bppe", "~/nowhere/tokenizer.json"])
-def test_a_name_that_is_no_file_is_refused_with_what_it_may_be(config, image, name):
+def test_a_name_that_is_no_file_is_refused_with_what_it_may_be(config, media, name):
     with pytest.raises(UserError, match=r"data\.tokenizer \(bpe, bytes or a path\): .*there is no such file"):
-        build_dataset(dataclasses.replace(config, tokenizer=name), image, "train")
+        build_dataset(dataclasses.replace(config, tokenizer=name), media, "train")

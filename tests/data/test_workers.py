@@ -66,7 +66,7 @@ def trainer(tmp_path, scenes_only):
 
     script = tmp_path / "trainer.py"
     script.write_text(SCRIPT)
-    dataset = Dataset(dataclasses.replace(scenes_only.config, workers=2), scenes_only.image, held_out=False)
+    dataset = Dataset(dataclasses.replace(scenes_only.config, workers=2), scenes_only.media, held_out=False)
     started = []
 
     def start(mode: str = "read"):
@@ -138,7 +138,7 @@ def test_a_trainer_that_forgets_to_close_still_ends(trainer):
 def small(scenes_only, kind: type[Dataset]) -> Dataset:
     import dataclasses
 
-    return kind(dataclasses.replace(scenes_only.config, workers=1, prefetch=1), scenes_only.image, False)
+    return kind(dataclasses.replace(scenes_only.config, workers=1, prefetch=1), scenes_only.media, False)
 
 
 class Failing(Dataset):
@@ -147,7 +147,7 @@ class Failing(Dataset):
     error: Exception = UserError("data.scenes: the third batch is broken. Mend it.")
 
     def __reduce__(self):
-        return type(self), (self.config, self.image, self._held_out)
+        return type(self), (self.config, self.media, self._held_out)
 
     def batch(self, n, rows=None):
         if n == 2:
@@ -214,11 +214,11 @@ def test_closing_early_ends_the_workers_soon(scenes_only):
 def test_a_whole_pass_leaves_no_shared_memory_and_says_nothing(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from data.config import DataConfig\n"
+        "from data.config import DataConfig, MediaSpec\n"
         "from data.pipeline import build_dataset\n"
         "if __name__ == '__main__':\n"
         f"    config = DataConfig(mixture={{'text': 1.0}}, tokenizer='bytes', cache_dir={str(tmp_path)!r})\n"
-        "    with build_dataset(config, None, 'train').batches(0, 3) as batches:\n"
+        "    with build_dataset(config, MediaSpec(), 'train').batches(0, 3) as batches:\n"
         "        print(len(list(batches)))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -241,7 +241,7 @@ def test_wrong_types_in_a_config_file_are_named():
         ({"data.tiles_per_row": "0"}, "data.tiles_per_row: found 0, expected 1 or more when the mixture has scenes"),
         ({"data.tiles_per_row": "-1"}, "data.tiles_per_row: found -1, expected 0 or more"),
         ({"data.workers": "-1"}, "data.workers: found -1, expected 0 or more"),
-        ({"data.answer_weight": "-1"}, "data.answer_weight: found -1.0, expected 0 or more"),
+        ({"data.video_fps": "-1"}, "data.video_fps: found -1.0, expected 0 or more"),
     ],
 )
 def test_a_value_without_a_meaning_is_refused(overrides, problem):
