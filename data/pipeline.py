@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, parent_process, resource_tracker
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -22,6 +22,17 @@ from data.tokenizer import PAD, PATCH
 from sharding.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+
+class Placed(NamedTuple):
+    """Where a document, or a piece of one, stands in a row."""
+
+    source: str
+    id: str
+    where: str
+    """File and line, row or member that it was prepared from."""
+    start: int
+    length: int
 
 
 class Dataset:
@@ -97,6 +108,18 @@ class Dataset:
         for b, placed in enumerate(packed):
             self._fill_row({name: array[b] for name, array in batch.items()}, placed, documents)
         return batch
+
+    def placed(self, n: int) -> list[list[Placed]]:
+        """For each row of batch n, what stands in it, in order."""
+        rows = []
+        for row in range(self.config.batch_size):
+            found = []
+            for source, item, start in self._packing.row(n * self.config.batch_size + row):
+                of = self._sources[source]
+                record = of.record(item)
+                found.append(Placed(of.name, record.id, record.where, start, int(of.lengths[item])))
+            rows.append(found)
+        return rows
 
     def _read(self, rows: list[list[tuple[int, int, int]]]) -> dict[tuple[int, int], Document]:
         """The documents of these rows by source and number; those of a source are read together."""

@@ -76,11 +76,19 @@ class Source:
 
     def read(self, items: Sequence[int]) -> list[Document]:
         """These items, their files decoded."""
-        index = self.data.index
         numbers = self.documents[np.asarray(items, np.int64)]
-        places = list(zip(index.shards[numbers].tolist(), index.records[numbers].tolist(), strict=True))
-        records = self.data.shards.read(places)
+        records = self._records(numbers)
         return [self._document(i, n, r) for i, n, r in zip(items, numbers.tolist(), records, strict=True)]
+
+    def record(self, item: int) -> Record:
+        """The record that an item is of."""
+        return self._records(self.documents[item : item + 1])[0]
+
+    def _records(self, numbers: np.ndarray) -> list[Record]:
+        index = self.data.index
+        return self.data.shards.read(
+            list(zip(index.shards[numbers].tolist(), index.records[numbers].tolist(), strict=True))
+        )
 
     def _document(self, item: int, number: int, record: Record) -> Document:
         start, stop = int(self.starts[item]), int(self.stops[item])

@@ -12,7 +12,7 @@ from sharding.errors import UserError
 
 def add_data_commands(subparsers: Any) -> dict[str, Command]:
     """Adds the commands to argparse's `subparsers`; returns their parsers by name."""
-    return dict(maker(subparsers) for maker in (_add_prepare, _add_inspect))
+    return dict(maker(subparsers) for maker in (_add_prepare, _add_inspect, _add_show))
 
 
 def _add_prepare(subparsers: Any) -> tuple[str, Command]:
@@ -108,3 +108,31 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     facts = inspect_data(arguments.folder)
     print(json.dumps(facts, indent=2) if arguments.json else render(facts, str(arguments.folder)))
+
+
+def _add_show(subparsers: Any) -> tuple[str, Command]:
+    show = subparsers.add_parser(
+        "data show",
+        run=_show,
+        usage="drover data show --config FILE [--step N] [--out FILE.html] [--config.NAME=VALUE ...]",
+        help="a page of the batch that a step trains on",
+        description="Writes a page of one batch as the model gets it: rows, segments, texts with their weights in the loss, "
+        "images and sounds in their places.",
+    )
+    show.flag("--config", required=True, metavar="FILE[:ARG]", help="config file (Python code, which is run)")
+    show.flag("--step", type=int, default=1, metavar="N", help="from 1, the default")
+    show.flag("--held-out", action="store_true", help="held-out batch N instead")
+    show.flag("--out", type=Path, metavar="FILE.html", help="default: batch-N.html")
+    return "data show", show
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from launch.config_file import load_run
+
+    run = load_run(arguments.config, arguments.overrides)
+    if arguments.step < 1:
+        raise UserError(f"--step: found {arguments.step}, expected 1 or more")
+    from trainer.data_page import write_data_page
+
+    out = arguments.out or Path(f"batch-{arguments.step}.html")
+    print(write_data_page(run, arguments.step, arguments.held_out, out))

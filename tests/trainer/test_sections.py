@@ -285,6 +285,7 @@ def test_whole_numbers_that_may_be_zero_are_these():
         "CheckpointConfig.keep_every",
         "DataConfig.seed",
         "DataConfig.tiles_per_row",
+        "DataConfig.windows_per_row",
         "DataConfig.workers",
         "EvalConfig.questions",
         "ModelConfig.moe_layer_step",
