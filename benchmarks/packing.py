@@ -28,7 +28,7 @@ def main() -> None:
         lengths = drawn.clip(16, row).astype(np.int64)
         for parts in PARTS:
             sizes = np.column_stack([lengths, np.zeros((len(lengths), 2), np.int64)])
-            packing = Packing([sizes], [1.0], (row, 0, 0), options.window, 0, parts)
+            packing = Packing([sizes], lambda n: (1.0,), (row, 0, 0), options.window, 0, parts)
             rows, documents = 0, 0
             start = time.perf_counter()
             while documents < options.documents:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import scene_text, text
+from data import mixture, scene_text, text
 from data import scenes as drawn
 from data.config import DataConfig, ImageSpec
 from data.documents import Document, Part
@@ -74,10 +74,10 @@ def read(unit: Unit) -> Iterator[Found]:
 
 def tokenizer_texts(config: DataConfig, image: ImageSpec | None) -> list[str]:
     """Texts of the training split for a tokenizer to be trained on."""
-    texts = []
-    if config.mixture.get("text", 0) > 0:
+    names, texts = mixture.names(config), []
+    if "text" in names:
         texts += [file.text for file in text.standard_library().files if not file.held_out]
-    if image is not None and config.mixture.get("scenes", 0) > 0:
+    if image is not None and "scenes" in names:
         for index in range(_SCENES_FOR_TOKENIZER):
             scene = drawn.make_scene(config.seed, index, image)
             texts.append("".join(piece.text for piece in scene_pieces(config.seed, scene)))

@@ -60,6 +60,13 @@ class DataConfig:
     mixture: Mapping[str, float] = field(default_factory=lambda: {"text": 0.3, "scenes": 0.7})
     """Share of the tokens that each source supplies; made to sum to one. Names are those of `paths`, or built in: `text`,
     the standard library of the Python that runs; `scenes`, drawn pictures with questions."""
+    mixture_temperature: float = 1.0
+    """Weights count to the power of one over this: above 1 evens the shares out, below 1 sharpens them."""
+    curriculum: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Other mixtures from a step on, by its number, as {"1000": {"web": 1.0}}. Each takes effect with the next window of
+    documents, some 32 rows later at most, or so many as `window` fills."""
+    max_epochs: Mapping[str, float] = field(default_factory=dict)
+    """Times that a source is gone through at most, by its name; then its share goes to the others."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Name and folder of each prepared data set, as `drover data prepare` makes them."""
     long_documents: Policy = "split"
@@ -102,14 +109,23 @@ class DataConfig:
     """Where the trained tokenizer and the tokenised text are kept between runs, under a digest of their content."""
 
     def problems(self) -> Iterator[Problem]:
-        unknown = sorted(set(self.mixture) - {*BUILT_IN, *self.paths})
-        if unknown:
-            known = [*self.paths, *BUILT_IN]
-            yield "mixture", f"found sources {unknown}, expected names out of {known}; data.paths.NAME=DIR adds one"
+        known = [*self.paths, *BUILT_IN]
+        phases = {"mixture": self.mixture} | {f"curriculum.{step}": phase for step, phase in self.curriculum.items()}
+        for option, phase in phases.items():
+            if unknown := sorted(set(phase) - set(known)):
+                yield option, f"found sources {unknown}, expected names out of {known}; data.paths.NAME=DIR adds one"
+            if not phase or min(phase.values()) < 0 or sum(phase.values()) <= 0:
+                yield option, f"found weights {dict(phase)}, expected none below zero and a sum above zero"
+        for step in self.curriculum:
+            if not step.isdecimal():
+                yield "curriculum", f"found {step!r}, expected the number of a step"
+        if self.mixture_temperature <= 0:
+            yield "mixture_temperature", f"found {self.mixture_temperature}, expected more than 0"
+        for name, most in self.max_epochs.items():
+            if name not in known or most <= 0:
+                yield "max_epochs", f"found {name}={most}, expected a source out of {known} and more than 0"
         for name in sorted(set(self.paths) & set(BUILT_IN)):
             yield "paths", f"found {name!r}, which is built in, expected another name"
-        if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
-            yield "mixture", f"found weights {dict(self.mixture)}, expected none below zero and a sum above zero"
         if self.sequence_length < 3:
             yield "sequence_length", f"found {self.sequence_length}, expected 3 or more"
         if self.sequence_length % self.row_parts:

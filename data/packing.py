@@ -1,25 +1,25 @@
 """Which documents share a row, and which row comes n-th.
 
-A *cycle* is a sequence of documents in which every source has its share of the tokens: the source that lasts longest
-appears once, the others as often as their share asks for, each of their epochs in an order of its own. The cycle is cut
-into windows, and each window is packed by itself into rows of so many tokens, tiles and windows of sound.
-Prefix sums over the rows of the windows find row n without the documents before it. After the last row of a cycle comes
-the next cycle, which visits the same windows, and the rows in each, in another order; so no row, however far, costs
-more than the packing of one cycle.
+Every source is a stream of documents: its epochs one after the other, each in an order of its own, so that every document
+comes once an epoch. The streams are taken window by window: each window has documents of the sources by their shares at its
+first row, and is packed by itself into rows of so many tokens, tiles and windows of sound. A `Position` says where a window
+begins; from one of them, any later row is found without what lies before.
 
 A *size* is what a document takes of a row: (tokens, tiles, windows of sound).
 """
 
 import functools
 import itertools
-import math
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
 from data.shuffle import shuffled
+from sharding.errors import UserError
 
 ROWS_OF_A_WINDOW = 32
 """A window has documents for about so many rows at least: its last row is seldom full."""
@@ -30,78 +30,150 @@ _MOST_STATES = 2**18
 """Of the search for the fullest row; a row of 8,192 tokens with 3 tiles free has 114,695."""
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a window begins."""
+
+    row: int
+    """Its first one."""
+    taken: tuple[int, ...]
+    """Documents that windows before it have of each source."""
+    owed: tuple[float, ...]
+    """Parts of a document that the source has not been given yet, from 0 to below 1."""
+
+    @classmethod
+    def start(cls, sources: int) -> Self:
+        return cls(0, (0,) * sources, (0.0,) * sources)
+
+    def as_array(self) -> np.ndarray:
+        """float64 [1 + 2 x sources]; whole numbers up to 2^53 are exact."""
+        return np.array([self.row, *self.taken, *self.owed], np.float64)
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> Self:
+        count = (len(array) - 1) // 2
+        row, *rest = array.tolist()
+        return cls(int(row), tuple(map(int, rest[:count])), tuple(rest[count:]))
+
+    def plain(self, names: Sequence[str]) -> dict[str, Any]:
+        """For JSON, by the names of the sources."""
+        taken, owed = (dict(zip(names, values, strict=True)) for values in (self.taken, self.owed))
+        return {"row": self.row, "taken": taken, "owed": owed}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], names: Sequence[str]) -> Self:
+        """With sources that were not there then."""
+        taken, owed = plain["taken"], plain["owed"]
+        return cls(
+            int(plain["row"]), tuple(taken.get(name, 0) for name in names), tuple(owed.get(name, 0.0) for name in names)
+        )
+
+
 class Packing:
-    """The order of packed rows, a pure function of its arguments."""
+    """The order of packed rows, a pure function of its arguments but for the position, from which no row depends."""
 
     def __init__(
         self,
         sizes: Sequence[np.ndarray],
-        shares: Sequence[float],
+        shares: Callable[[int], Sequence[float]],
         room: Size,
         window: int,
         seed: int,
         row_parts: int = 1,
+        caps: Callable[[int], Sequence[float]] | None = None,
+        position: Position | None = None,
     ):
         """Rows are packed when they are asked for.
 
         Args:
             sizes: for each source, those of its documents, [documents, 3]; none above `room`.
-            shares: for each source, its share of the tokens, above zero.
+            shares: gives each source's share of the tokens in a window by its first row.
             room: of a row, in the order of a size.
             window: documents packed together, at least.
             seed: decides every order.
             row_parts: equal parts of a row; only a document that begins where a part does goes beyond its end.
+            caps: gives how often each source may be gone through, by a window's first row; None for no limit.
+            position: one that `position` gave earlier for the same arguments: rows from there on are found at once.
         """
-        self._sizes, self._room, self._row_parts, self._seed = sizes, room, row_parts, seed
-        # Documents per token of the mixture, and how many tokens of the mixture it takes to use every source up.
-        means = [np.asarray(size.mean(axis=0, dtype=np.float64)) for size in sizes]
-        rates = [share / sum(shares) / float(mean[0]) for share, mean in zip(shares, means, strict=True)]
-        tokens = max(len(size) / rate for rate, size in zip(rates, sizes, strict=True))
-        self.documents_per_cycle = tuple(max(round(rate * tokens), 1) for rate in rates)
-        """For each source, how many documents a cycle takes from it."""
-        documents = sum(self.documents_per_cycle)
-        taken = np.average(means, axis=0, weights=self.documents_per_cycle)
-        of_a_row = max(mean / most for mean, most in zip(taken.tolist(), room, strict=True) if most)
-        self._windows = math.ceil(documents / max(window, ROWS_OF_A_WINDOW / of_a_row))
-        self._ends: list[int] = []  # rows up to the end of each window, as far as they are known
+        self._sizes, self._shares, self._room, self._caps = sizes, shares, room, caps
+        self._least, self._seed, self._row_parts = window, seed, row_parts
+        self._means = [np.asarray(size.mean(axis=0, dtype=np.float64)) for size in sizes]
+        self._states = [position or Position.start(len(sizes))]
+        self._starts = [self._states[0].row]
         self._lock = threading.Lock()
-        # Each instance has caches of its own, as large as a run needs to go on without packing a window twice.
-        self._packed = functools.lru_cache(maxsize=4096)(self._pack)
-        self._cycle_order = functools.lru_cache(maxsize=2)(self._permute_cycle)
+        # Each instance has a cache of its own, as large as a run needs to go on without packing a window twice.
+        self._packed = functools.lru_cache(maxsize=256)(self._pack)
+        self._before: Packing | None = None
 
     def row(self, n: int) -> list[tuple[int, int, int]]:
-        """The documents in row n, in order, as (source, document, where it begins)."""
-        cycle = 0
-        if not self._covers(n):
-            cycle, n = divmod(n, self._ends[-1])
-        if cycle == 0:
-            ends, windows = self._ends, None  # the documents of the first cycle are in random order already
-        else:
-            ends, windows = self._cycle_order(cycle)
-        at = bisect_right(ends, n)
-        window = at if windows is None else int(windows[at])
-        rows = self._packed(window)
-        order = np.random.default_rng([self._seed, 2, cycle, window]).permutation(len(rows))
-        return rows[order[n - (int(ends[at - 1]) if at else 0)]]
+        """The documents in row n, in order, as (source, document, where it begins).
 
-    def _covers(self, n: int) -> bool:
-        """Packs windows until row n is reached; False if the cycle has no such row."""
+        Raises:
+            UserError: every source has been gone through as often as it may be.
+        """
+        if n < self._starts[0]:
+            return self._from_start().row(n)
+        state = self._window(n)
+        rows, _ = self._packed(state)
+        order = np.random.default_rng([self._seed, 2, state.row]).permutation(len(rows))
+        return rows[order[n - state.row]]
+
+    def position(self, n: int) -> Position:
+        """Where the window of row n begins."""
+        return self._from_start().position(n) if n < self._starts[0] else self._window(n)
+
+    def _from_start(self) -> "Packing":
+        if self._before is None:
+            arguments = self._sizes, self._shares, self._room, self._least, self._seed, self._row_parts, self._caps
+            self._before = Packing(*arguments)
+        return self._before
+
+    def _window(self, n: int) -> Position:
+        """Where the window of row n begins; packs windows until it is reached."""
         with self._lock:
-            while len(self._ends) < self._windows and (not self._ends or n >= self._ends[-1]):
-                rows = self._packed(len(self._ends))
-                self._ends.append((self._ends[-1] if self._ends else 0) + len(rows))
-            return n < self._ends[-1]
+            while True:
+                rows, after = self._packed(self._states[-1])
+                if n < self._states[-1].row + len(rows):
+                    break
+                self._states.append(after)
+                self._starts.append(after.row)
+        return self._states[bisect_right(self._starts, n) - 1]
 
-    def _pack(self, window: int) -> list[list[tuple[int, int, int]]]:
+    def _pack(self, state: Position) -> tuple[list[list[tuple[int, int, int]]], Position]:
+        """The rows of the window that begins here, and where the next one does."""
+        taken, owed = self._take(state)
         documents: list[tuple[int, int]] = []
         sizes: list[Size] = []
-        for source, total in enumerate(self.documents_per_cycle):
-            first, last = (total * w // self._windows for w in (window, window + 1))
+        for source, (first, last) in enumerate(zip(state.taken, taken, strict=True)):
             numbers = self._stream(source, first, last)
             documents += zip(itertools.repeat(source), numbers.tolist())
             sizes += map(tuple, self._sizes[source][numbers].tolist())
-        rows = pack_rows(sizes, self._room, self._row_parts)
-        return [[(*documents[i], start) for i, start in row] for row in rows]
+        rows = [[(*documents[i], start) for i, start in row] for row in pack_rows(sizes, self._room, self._row_parts)]
+        return rows, Position(state.row + len(rows), taken, owed)
+
+    def _take(self, state: Position) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Documents of each source up to the end of the window, and what it is still owed then."""
+        caps = self._caps(state.row) if self._caps else [float("inf")] * len(self._sizes)
+        left = [cap * len(size) - taken for cap, size, taken in zip(caps, self._sizes, state.taken, strict=True)]
+        shares = [share if rest >= 1 else 0.0 for share, rest in zip(self._shares(state.row), left, strict=True)]
+        if not any(shares):
+            raise UserError(
+                f"data.max_epochs: row {state.row:,} cannot be filled, every source of the mixture has been gone through as "
+                "often as it may be. Raise data.max_epochs, add data, or lower steps."
+            )
+        # Documents for each token of the mixture, and for how many tokens there is one window of documents.
+        rates = [share / sum(shares) / float(mean[0]) for share, mean in zip(shares, self._means, strict=True)]
+        mean = np.average(self._means, axis=0, weights=rates)
+        of_a_row = max(size / most for size, most in zip(mean.tolist(), self._room, strict=True) if most)
+        tokens = max(self._least, ROWS_OF_A_WINDOW / of_a_row) / sum(rates)
+        taken, owed = list(state.taken), list(state.owed)
+        while taken == list(state.taken):
+            for i, rate in enumerate(rates):
+                owed[i] += rate * tokens
+                more = int(min(owed[i], state.taken[i] + left[i] - taken[i]))
+                taken[i] += more
+                owed[i] = min(owed[i] - more, 1.0 - 2**-53)
+        return tuple(taken), tuple(owed)
 
     def _stream(self, source: int, first: int, last: int) -> np.ndarray:
         """Documents first to last - 1 of the source's epochs, one after the other."""
@@ -114,10 +186,28 @@ class Packing:
             numbers[of_epoch] = shuffled(places[of_epoch] % count, count, (self._seed, source, epoch))
         return numbers
 
-    def _permute_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows up to the end of each window, windows) in the order in which this cycle visits the windows."""
-        windows = np.random.default_rng([self._seed, 1, cycle]).permutation(self._windows)
-        return np.cumsum(np.diff([0, *self._ends])[windows]), windows
+
+def balanced(costs: Sequence[float]) -> list[int]:
+    """An order of rows in which halves cost alike, and halves of halves: whatever number of equal shares a batch is cut into.
+
+    The same for any number of devices, so that a batch is the same batch on any mesh.
+    """
+
+    def arranged(rows: list[int]) -> list[int]:
+        if len(rows) < 3:
+            return rows
+        # From the dearest on, each to the cheaper half that has room (the greedy rule for equal counts).
+        half = -(-len(rows) // 2), len(rows) // 2
+        parts: tuple[list[int], list[int]] = ([], [])
+        sums = [0.0, 0.0]
+        for row in sorted(rows, key=lambda i: (-costs[i], i)):
+            full = [len(part) == size for part, size in zip(parts, half, strict=True)]
+            to = 1 if full[0] else 0 if full[1] else int(sums[1] < sums[0])
+            parts[to].append(row)
+            sums[to] += costs[row]
+        return arranged(parts[0]) + arranged(parts[1])
+
+    return arranged(list(range(len(costs))))
 
 
 def pack_rows(sizes: Sequence[Size], room: Size, parts: int = 1) -> list[list[tuple[int, int]]]:

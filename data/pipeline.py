@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection, parent_process, resource_tracker
 from typing import Any, NamedTuple, Self
 
@@ -15,13 +15,17 @@ import numpy as np
 
 from data.audio import SILENCE
 from data.config import DataConfig, MediaSpec
-from data.packing import Packing
+from data.mixture import Change, Schedule
+from data.packing import Packing, Position, balanced
 from data.prepare import Told
-from data.sources import Document, Source, load_sources, load_tokenizer, source_names
+from data.sources import Document, load_sources, load_tokenizer
 from data.tokenizer import PAD, PATCH
 from sharding.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+POSITION = "position"
+"""In what `Batches` give: the position in the data of the batch, beside its arrays."""
 
 
 class Placed(NamedTuple):
@@ -41,37 +45,96 @@ class Dataset:
     Attributes:
         tokenizer: the tokenizer, trained on the training split.
         source_names: sources with a weight above zero; `source_ids` counts them from 1.
-        digest: names what the batches are made of. Two datasets with one digest give the same batches.
+        digest: names the options that decide batches, the mixture aside, which may change in a run.
+        digests: name the content of each source.
         notes: what is missing from the data or out of the ordinary, one line for the user each; most often none.
     """
 
     def __init__(
-        self, config: DataConfig, media: MediaSpec, held_out: bool, tell: Callable[[Told], None] = lambda told: None
+        self,
+        config: DataConfig,
+        media: MediaSpec,
+        held_out: bool,
+        journal: Sequence[Change] = (),
+        position: Mapping[str, Any] | None = None,
+        tell: Callable[[Told], None] = lambda told: None,
     ):
-        self.config, self.media, self._held_out = config, media, held_out
+        self.config, self.media = config, media
+        self._again = (config, media, held_out, journal, position)
         self.tokenizer = load_tokenizer(config, media)
-        self.source_names = source_names(config)
-        self._sources = load_sources(config, media, held_out, self.tokenizer, tell)
-        for source in self._sources:
-            if not len(source):
-                split = "held-out" if held_out else "training"
-                raise UserError(
-                    f"data.mixture.{source.name}: {source.data.folder} has no {split} document that fits a row. Prepare it "
-                    "with another --held-out, or change data.sequence_length or data.long_documents."
-                )
+        schedule = Schedule.of(config, journal)
+        self.source_names = schedule.names
+        self._sources = load_sources(config, media, held_out, self.tokenizer, schedule.names, tell)
+        self._numbers = [i for i, source in enumerate(self._sources) if len(source)]
+        self._check(held_out)
+        kept = [self._sources[i] for i in self._numbers]
+
+        def shares(row: int) -> list[float]:
+            of_all = schedule.most if held_out else schedule.shares(row // config.batch_size)
+            return [of_all[i] for i in self._numbers]
+
+        def caps(row: int) -> list[float]:
+            return [schedule.caps(row // config.batch_size)[i] for i in self._numbers]
+
+        self._names = [source.name for source in kept]
         self._packing = Packing(
-            [np.column_stack([source.lengths, source.tile_counts, source.window_counts]) for source in self._sources],
-            [config.mixture[source.name] for source in self._sources],
+            [np.column_stack([source.lengths, source.tile_counts, source.window_counts]) for source in kept],
+            shares,
             (config.sequence_length, config.tiles_per_row, config.windows_per_row),
             config.window,
             config.seed,
             config.row_parts,
+            None if held_out else caps,
+            Position.from_plain(position, self._names) if position else None,
         )
-        self.digest = _digest(config, media, self.tokenizer.digest, self._sources)
-        self.notes = tuple(note for source in self._sources for note in source.notes)
+        self.digests = {source.name: source.data.facts["digest"] for source in self._sources}
+        self.digest = _digest(config, media, self.tokenizer.digest)
+        self.notes = tuple(note for source in self._sources for note in source.notes) + tuple(
+            f"{source.name}: has no held-out documents" for source in self._sources if held_out and not len(source)
+        )
+
+    def _check(self, held_out: bool) -> None:
+        """Refuses sources without a document that fits; some may have none held out."""
+        empty = [source for source in self._sources if not len(source)]
+        if empty and (not held_out or not self._numbers):
+            split = "held-out" if held_out else "training"
+            raise UserError(
+                f"data.mixture.{empty[0].name}: {empty[0].data.folder} has no {split} document that fits a row. Prepare it "
+                "with another --held-out, or change data.sequence_length or data.long_documents."
+            )
 
     def __reduce__(self):
-        return Dataset, (self.config, self.media, self._held_out)
+        return Dataset, self._again
+
+    def rows(self, n: int) -> list[list[tuple[int, int, int]]]:
+        """The documents in each row of batch n, as (source, item, where it begins).
+
+        Rows are in an order in which equal shares of the batch cost about the same: squares of the lengths of documents
+        (attention), and tiles.
+        """
+        B, S, M = self.config.batch_size, self.config.sequence_length, max(self.config.tiles_per_row, 1)
+        packed = [self._packing.row(n * B + row) for row in range(B)]
+        rows = [[(self._numbers[source], item, at) for source, item, at in row] for row in packed]
+        return [rows[i] for i in balanced([self._cost(row) / (S * S) + self._tiles(row) / M for row in rows])]
+
+    def _cost(self, row: list[tuple[int, int, int]]) -> int:
+        return sum(int(self._sources[source].lengths[item]) ** 2 for source, item, _ in row)
+
+    def _tiles(self, row: list[tuple[int, int, int]]) -> int:
+        return sum(int(self._sources[source].tile_counts[item]) for source, item, _ in row)
+
+    def position(self, n: int) -> Position:
+        """From which rows of batch n and later ones are found at once."""
+        return self._packing.position(n * self.config.batch_size)
+
+    def plain_position(self, array: np.ndarray) -> dict[str, Any]:
+        """A position of a batch (its array `POSITION`) for a checkpoint, and for `position` of another dataset."""
+        return Position.from_array(array).plain(self._names)
+
+    def epochs(self, array: np.ndarray) -> dict[str, float]:
+        """How often each source has been gone through, at such a position."""
+        taken = Position.from_array(array).taken
+        return {name: taken[i] / len(self._sources[self._numbers[i]]) for i, name in enumerate(self._names)}
 
     def batch(self, n: int, rows: Sequence[int] | None = None) -> Batch:
         """Batch n, or these rows of it, in this order.
@@ -103,7 +166,8 @@ class Dataset:
             A = self.config.windows_per_row
             batch["audio_frames"] = np.full((B, A, sound.frames_per_window, sound.mel_bins), SILENCE, np.float32)
             batch["audio_positions"] = np.full((B, A, sound.tokens_per_window), -1, np.int32)
-        packed = [self._packing.row(n * self.config.batch_size + row) for row in rows]
+        all_rows = self.rows(n)
+        packed = [all_rows[row] for row in rows]
         documents = self._read(packed)
         for b, placed in enumerate(packed):
             self._fill_row({name: array[b] for name, array in batch.items()}, placed, documents)
@@ -112,9 +176,9 @@ class Dataset:
     def placed(self, n: int) -> list[list[Placed]]:
         """For each row of batch n, what stands in it, in order."""
         rows = []
-        for row in range(self.config.batch_size):
+        for row in self.rows(n):
             found = []
-            for source, item, start in self._packing.row(n * self.config.batch_size + row):
+            for source, item, start in row:
                 of = self._sources[source]
                 record = of.record(item)
                 found.append(Placed(of.name, record.id, record.where, start, int(of.lengths[item])))
@@ -171,17 +235,23 @@ class Dataset:
                 window = slots.stop
 
 
-def build_dataset(
-    config: DataConfig, media: MediaSpec, split: str, tell: Callable[[Told], None] = lambda told: None
-) -> Dataset:
-    """The data of a split, "train" or "heldout"; `tell` hears of built-in data that have to be prepared first.
+def build_dataset(config: DataConfig, media: MediaSpec, split: str, **options: Any) -> Dataset:
+    """The data of a split, "train" or "heldout".
+
+    Args:
+        config: which data, and how they are packed.
+        media: what files become.
+        split: which documents.
+        options: `journal`, the changes of the mixture so far, of which the config's options are the last; `position`, one
+            of an earlier batch, from which later ones are found at once; `tell`, which hears how far built-in data are
+            that have to be prepared first.
 
     Raises:
         UserError: the options cannot be met, or the cache cannot be written.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'heldout'")
-    return Dataset(config, media, split == "heldout", tell)
+    return Dataset(config, media, split == "heldout", **options)
 
 
 class Batches:
@@ -275,7 +345,7 @@ class _Numbered:
     def __getitem__(self, index: int) -> Batch:
         if _trainer_gone.is_set():
             os._exit(1)
-        return self._dataset.batch(index, self._rows)
+        return self._dataset.batch(index, self._rows) | {POSITION: self._dataset.position(index).as_array()}
 
 
 @contextlib.contextmanager
@@ -313,8 +383,8 @@ def _end_with_trainer() -> None:
         os._exit(1)
 
 
-def _digest(config: DataConfig, media: MediaSpec, tokenizer_digest: str, sources: list[Source]) -> str:
-    """Over everything that batches are made of."""
+def _digest(config: DataConfig, media: MediaSpec, tokenizer_digest: str) -> str:
+    """Over every option that decides what batches are made of, but for the mixture, which may change; not the sources."""
     options = (
         config.sequence_length,
         config.batch_size,
@@ -324,7 +394,6 @@ def _digest(config: DataConfig, media: MediaSpec, tokenizer_digest: str, sources
         config.seed,
         config.row_parts,
         config.long_documents,
-        [(source.name, config.mixture[source.name], source.data.facts["digest"]) for source in sources],
         media,
     )
     return hashlib.sha256(repr((options, tokenizer_digest)).encode()).hexdigest()

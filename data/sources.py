@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import builtin, cache
+from data import builtin, cache, mixture
 from data.config import BUILT_IN, DataConfig, MediaSpec
 from data.documents import MEDIA
 from data.items import COUNTS, Room, cut
@@ -144,7 +144,7 @@ def load_tokenizer(config: DataConfig, media: MediaSpec) -> Tokenizer:
     Raises:
         UserError: there is none under that name, it cannot be used, or it lacks a special token that the data needs.
     """
-    prepared = [name for name in source_names(config) if name in config.paths]
+    prepared = [name for name in mixture.names(config) if name in config.paths]
     if config.tokenizer in ("bpe", "bytes") and prepared:
         folder = config.paths[prepared[0]]
         raise UserError(
@@ -156,7 +156,7 @@ def load_tokenizer(config: DataConfig, media: MediaSpec) -> Tokenizer:
     if config.tokenizer != "bpe":
         try:
             tokenizer = load_file(config.tokenizer)
-            with_scenes = config.mixture.get("scenes", 0) > 0
+            with_scenes = "scenes" in mixture.names(config)
             tokenizer.require((*TEXT_TOKENS, *IMAGE_TOKENS) if with_scenes else TEXT_TOKENS)
         except UserError as error:
             raise UserError(f"data.tokenizer (bpe, bytes or a path): {error}") from error
@@ -165,19 +165,19 @@ def load_tokenizer(config: DataConfig, media: MediaSpec) -> Tokenizer:
 
 
 def load_sources(
-    config: DataConfig, media: MediaSpec, held_out: bool, tokenizer: Tokenizer, tell: Callable[[Told], None]
+    config: DataConfig,
+    media: MediaSpec,
+    held_out: bool,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    tell: Callable[[Told], None],
 ) -> list[Source]:
-    """The sources of the mixture, in the order of their names; built-in ones are prepared if they are not in the cache.
+    """The sources of these names; built-in ones are prepared if they are not in the cache.
 
     Raises:
         UserError: a data set cannot be used with these options.
     """
-    return [_source(name, config, media, held_out, tokenizer, tell) for name in source_names(config)]
-
-
-def source_names(config: DataConfig) -> tuple[str, ...]:
-    """Sources with a weight above zero, sorted."""
-    return tuple(sorted(name for name, weight in config.mixture.items() if weight > 0))
+    return [_source(name, config, media, held_out, tokenizer, tell) for name in names]
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -197,6 +197,8 @@ def _source(
         option, notes = f"data.mixture.{name}", builtin.notes(name)
     else:
         option, notes = f"data.paths.{name}", ()
+        if name not in config.paths:
+            raise UserError(f"{option}: missing, and the run was on it before. Keep it; its weight may be 0.")
         try:
             data = Prepared.open(Path(config.paths[name]).expanduser())
         except UserError as error:

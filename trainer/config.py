@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from data.config import DataConfig, ImageSpec, MediaSpec, VideoSpec
+from data.mixture import names
 from model.config import ModelConfig
 from sharding.config import MeshConfig
 
@@ -170,7 +171,7 @@ class RunConfig:
                 f"found {self.data.row_parts}, parts of {part} tokens; expected parts of a multiple of "
                 f"model.chunk_size={self.model.chunk_size}, or chunks would cross their edges",
             )
-        if self.data.mixture.get("scenes", 0) > 0 and self.model.vision is None:
+        if "scenes" in names(self.data) and self.model.vision is None:
             yield "data.mixture.scenes", "found a weight above zero, expected 0 when model.vision is None"
         if self.optimizer.warmup_steps >= self.steps:
             yield (

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
-from data.pipeline import Batches
+from data.pipeline import POSITION, Batch, Batches
 
 AHEAD = 2
 """Batches kept on the device beside the one in use."""
@@ -17,17 +18,18 @@ AHEAD = 2
 class Feeder:
     """Moves batches to the device on a thread, and measures how long the device waits for them."""
 
-    def __init__(self, batches: Batches, put: Callable[[Any], dict[str, jax.Array]]):
+    def __init__(self, batches: Batches, put: Callable[[Batch], dict[str, jax.Array]]):
         """`put` moves a batch to where it is used."""
         self._queue: queue.Queue[Any] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(batches, put), daemon=True, name="feeder")
         self._thread.start()
 
-    def _run(self, batches: Batches, put: Callable[[Any], dict[str, jax.Array]]) -> None:
+    def _run(self, batches: Batches, put: Callable[[Batch], dict[str, jax.Array]]) -> None:
         try:
             for batch in batches:
-                if not self._put(put(batch)):
+                position = batch.pop(POSITION)
+                if not self._put((put(batch), position)):
                     return
         except BaseException as error:
             self._put(error)
@@ -41,8 +43,8 @@ class Feeder:
                 continue
         return False
 
-    def next(self, device_idle: Callable[[], None]) -> tuple[dict[str, jax.Array], float]:
-        """The next batch, and the seconds for which the device had nothing to do but wait for it.
+    def next(self, device_idle: Callable[[], None]) -> tuple[dict[str, jax.Array], np.ndarray, float]:
+        """The next batch, its position in the data, and the seconds for which the device had nothing to do but wait.
 
         `device_idle` returns when the device has finished what it was given: a batch that is late for the queue but in
         time for the device costs nothing.
@@ -57,7 +59,7 @@ class Feeder:
             waited = time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return item, waited
+        return *item, waited
 
     def close(self) -> None:
         """Ends the thread; one that waits for a stalled worker is left behind, and ends with the process."""

@@ -1,7 +1,9 @@
 """Where the weights come from: own checkpoint > another run's checkpoint > pretrained weights > scratch."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,7 +25,7 @@ def abstract_state(run: RunConfig, skeleton: Skeleton) -> TrainState:
 
 
 def initialise(
-    run: RunConfig, skeleton: Skeleton, checkpoints: Checkpoints, data_digest: str, tokenizer_digest: str
+    run: RunConfig, skeleton: Skeleton, checkpoints: Checkpoints, data: Mapping[str, Any], tokenizer_digest: str
 ) -> tuple[TrainState, str]:
     """The state to go on from, and one line that says where it came from.
 
@@ -58,7 +60,7 @@ def initialise(
         if imported:
             state, notes = weights_of(checkpoints, step)
             return state, f"weights imported from {imported}{notes}"
-        check_data(checkpoints, step, data_digest)
+        check_data(checkpoints, step, data)
         return checkpoints.restore(step, like), f"own checkpoint, step {step}"
     if run.init.from_run:
         folder, step = locate(Path(run.init.from_run))
@@ -73,14 +75,22 @@ def initialise(
     return fresh(), f"scratch, seed {run.seed}"
 
 
-def check_data(checkpoints: Checkpoints, step: int, data_digest: str) -> None:
-    """Refuses to go on with data that is not what the checkpoint was trained on: batch n would not be batch n."""
-    saved = checkpoints.metadata(step)["data_digest"]
-    if saved != data_digest:
+def check_data(checkpoints: Checkpoints, step: int, data: Mapping[str, Any]) -> None:
+    """Refuses to go on with data that are not what the checkpoint was trained on: batch n would not be batch n.
+
+    Sources may have come, and shares of the mixture may have changed.
+    """
+    metadata = checkpoints.metadata(step)
+    saved, found = metadata["data_digest"], data["data_digest"]
+    differing = "the options of the data" if saved != found else ""
+    for name, digest in metadata.get("source_digests", {}).items():
+        if data["source_digests"].get(name) != digest:
+            differing, saved, found = f"source {name}", digest, data["source_digests"].get(name, "nothing")
+    if differing:
         raise UserError(
-            f"checkpoint {checkpoints.directory / str(step)}: was trained on data {saved}, found {data_digest}. The text "
-            "comes with Python, so another Python version, or another config of the data, gives other data. Use the "
-            "Python and config that the run was started with, or start a new run from its weights (same tokenizer) with "
+            f"checkpoint {checkpoints.directory / str(step)}: was trained on other data: of {differing} it has {saved}, found "
+            f"{found}. The built-in text comes with Python, so another Python version gives other data. Use the data, Python "
+            "and config that the run was started with, or start a new run from its weights (same tokenizer) with "
             f"--config.init.from_run={checkpoints.directory.parent} and another --workdir."
         )
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.mixture import continued
 from data.pipeline import build_dataset
 from sharding.config import written
 from sharding.devices import peak_flops
@@ -88,6 +89,8 @@ class Pending:
 
     step: int
     metrics: dict[str, jax.Array]
+    position: np.ndarray
+    """In the data, of its batch."""
     waited: float
 
 
@@ -115,17 +118,21 @@ class Run:
         check_memory(abstract_state(run, skeleton), mesh)
         device = mesh.devices[0]
         self.peak = peak_flops(device, run.model.dtype)  # now, while nothing else uses the processor
+        self.checkpoints = Checkpoints(self.directory.checkpoints, run.checkpoint)
+        stack.callback(self.checkpoints.close)
+        start = self.checkpoints.latest() or 0
+        saved = self.checkpoints.metadata(start) if start else {}
+        self.journal = continued(saved.get("journal", ()), run.data, start)
         with prepare_bar("preparing built-in data") as tell:
-            self.dataset = build_dataset(run.data, run.media, "train", tell)
+            self.dataset = build_dataset(
+                run.data, run.media, "train", journal=self.journal, position=saved.get("data_position"), tell=tell
+            )
         if self.dataset.tokenizer.size > run.model.vocab_size:
             raise UserError(
                 f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, as "
                 f"many ids as {self.dataset.tokenizer.source} has. Raise it, or choose a smaller tokenizer "
                 "(data.tokenizer, data.tokenizer_size)."
             )
-        self.checkpoints = Checkpoints(self.directory.checkpoints, run.checkpoint)
-        stack.callback(self.checkpoints.close)
-        start = self.checkpoints.latest() or 0
         # Opened before the compilation, so that the first batches are made meanwhile.
         rows = run.data.batch_size
         self.share = mesh.share(rows, run.optimizer.accumulate)
@@ -134,9 +141,9 @@ class Run:
         stack.callback(self.feeder.close)
 
         self.state, origin = initialise(
-            run, skeleton, self.checkpoints, self.dataset.digest, self.dataset.tokenizer.digest
+            run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
-        check_same("config, data or tokenizer", f"{to_plain(run)} {self.dataset.digest} {start}")
+        check_same("config, data or tokenizer", f"{to_plain(run)} {self._data_facts()} {start}")
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
         self.start = start
@@ -150,7 +157,7 @@ class Run:
             make_train_step(run, skeleton, objective), make_eval_step(skeleton, objective)
         )
         self.compile_s = time.perf_counter() - compile_start
-        held_out = build_dataset(run.data, run.media, "heldout")
+        held_out = build_dataset(run.data, run.media, "heldout", journal=self.journal)
         self.held_out = HeldOut(
             held_out, eval_fn, lambda batch: mesh.put({k: a[self.share] for k, a in batch.items()}, rows)
         )
@@ -177,7 +184,7 @@ class Run:
             # Whether any process was asked to stop goes through the step, so that all learn it at the same one.
             return state, metrics(sums, names) | {"stop": jnp.sum(stop_P)}
 
-        example = self.dataset.batch(0)
+        example = self.dataset.batch(self.start)
         batch = {
             name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
             for name, sharding in self.mesh.batch(example).items()
@@ -217,12 +224,12 @@ class Run:
         run, pending = self.run, None
         self.last_done = time.perf_counter()
         for step in range(self.start + 1, run.steps + 1):
-            batch, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
+            batch, self.position, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
             self.stop.nothing_to_save = False
             self.state, measured = self.step_fn(self.state, batch, self._flags[self.stop.requested.is_set()])
             if pending:
                 self._done(pending)
-            pending = Pending(step, measured, waited)
+            pending = Pending(step, measured, self.position, waited)
             first, last = step == self.start + 1, step == run.steps
             evaluating = last or step % run.eval.every_steps == 0
             saving = last or step % run.checkpoint.every_steps == 0
@@ -269,6 +276,7 @@ class Run:
             }
             slots = self.run.data.batch_size * self.run.data.sequence_length
             seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
+            seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.position).items()}
             self.logger.write({"kind": "train", "step": pending.step} | values | seen | clock)
         if in_a_row >= self.run.optimizer.max_skipped:
             raise UserError(
@@ -302,9 +310,14 @@ class Run:
         return {
             "config": to_plain(self.run),
             "next_batch": int(self.state.step),
-            "data_digest": self.dataset.digest,
+            "data_position": self.dataset.plain_position(self.position),
+            "journal": self.journal,
             "tokenizer_digest": self.dataset.tokenizer.digest,
-        }
+        } | self._data_facts()
+
+    def _data_facts(self) -> dict[str, Any]:
+        """What batches are made of, the mixture aside."""
+        return {"data_digest": self.dataset.digest, "source_digests": self.dataset.digests}
 
     def _wait_for_checkpoints(self) -> None:
         self.checkpoints.wait()

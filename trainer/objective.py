@@ -75,6 +75,7 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
         sums = {
             "tokens": jnp.sum(batch["segment_ids"] > 0),
             "tiles": used_tiles(batch, model.place),
+            "source_tokens": jax.ops.segment_sum(batch["segment_ids"].reshape(-1) > 0, sources_T, num_sources + 1)[1:],
             "source_loss": jax.ops.segment_sum(weighted_T, sources_T, num_sources + 1)[1:],
             "source_weight": jax.ops.segment_sum(weights_T, sources_T, num_sources + 1)[1:],
             "loss": jnp.sum(weighted_T) / extras.weight_total.astype(losses_T.dtype),
@@ -96,15 +97,19 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
 def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     """What is logged of a step: losses, means by source, auxiliary terms, the experts' load.
 
-    `targets/<source>` is the weight of its targets; without any, its loss is NaN. `experts/load` [L, E] are shares of
-    the layer's assignments; `experts/imbalance` is the largest load over the mean one, in the worst layer. With a capacity
-    factor, `experts/dropped` [L] counts the assignments that found no room.
+    `tokens/<source>` are its tokens, `targets/<source>` is the weight of its targets; without any, its loss is NaN.
+    `experts/load` [L, E] are shares of the layer's assignments; `experts/imbalance` is the largest load over the mean one,
+    in the worst layer. With a capacity factor, `experts/dropped` [L] counts the assignments that found no room.
     """
-    named = {"source_loss", "source_weight", "load_balance", "router_z", "assignments", "dropped"}
+    named = {"source_tokens", "source_loss", "source_weight", "load_balance", "router_z", "assignments", "dropped"}
     logged = {name: value for name, value in sums.items() if name not in named}
     mean_N = sums["source_loss"] / sums["source_weight"]
     for i, name in enumerate(source_names):
-        logged |= {f"loss/{name}": mean_N[i], f"targets/{name}": sums["source_weight"][i]}
+        logged |= {
+            f"loss/{name}": mean_N[i],
+            f"targets/{name}": sums["source_weight"][i],
+            f"tokens/{name}": sums["source_tokens"][i],
+        }
     if "assignments" in sums:
         load_LE = sums["assignments"] / jnp.maximum(jnp.sum(sums["assignments"], axis=1, keepdims=True), 1)
         logged |= {

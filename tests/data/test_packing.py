@@ -1,13 +1,17 @@
 """No row overflows, no document is lost, and any row is found without the rows before it."""
 
+import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import Packing, pack_rows
+from data.packing import Packing, Position, balanced, pack_rows
+from data.shuffle import shuffled
+from sharding.errors import UserError
 
 DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(0, 3)), max_size=40)
 
@@ -65,20 +69,17 @@ def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles, windo
         left -= set(row)
 
 
-def small_packing(sizes, shares, window=16, seed=0) -> tuple[Packing, list[np.ndarray]]:
+def small_packing(sizes, shares, window=16, seed=0, **options: Any) -> tuple[Packing, list[np.ndarray]]:
     rng = np.random.default_rng(1)
     lengths = [rng.integers(5, 60, size) for size in sizes]
     tiles = [rng.integers(0, 3, size) for size in sizes]
-    sizes = [np.column_stack([n, t, np.zeros_like(n)]) for n, t in zip(lengths, tiles, strict=True)]
-    return Packing(sizes, shares, (64, 4, 0), window, seed), lengths
+    three = [np.column_stack([n, t, np.zeros_like(n)]) for n, t in zip(lengths, tiles, strict=True)]
+    by_row = shares if callable(shares) else lambda row: shares
+    return Packing(three, by_row, (64, 4, 0), window, seed, **options), lengths
 
 
-def rows_per_cycle(packing: Packing) -> int:
-    rows, documents = 0, 0
-    while documents < sum(packing.documents_per_cycle):
-        documents += len(packing.row(rows))
-        rows += 1
-    return rows
+def documents_in_order(packing: Packing, rows: range) -> list[tuple[int, int]]:
+    return [(source, document) for n in rows for source, document, _ in packing.row(n)]
 
 
 @settings(deadline=None)
@@ -87,27 +88,33 @@ def rows_per_cycle(packing: Packing) -> int:
     st.integers(1, 40),
     st.integers(0, 3),
 )
-def test_a_cycle_has_each_document_as_often_as_any_other_of_its_source(sources, window, seed):
+def test_each_document_comes_once_an_epoch_whatever_the_mixture(sources, window, seed):
     packing, lengths = small_packing([size for size, _ in sources], [share for _, share in sources], window, seed)
-    count = rows_per_cycle(packing)
-    for cycle in range(2):
-        seen = [np.zeros(len(length), int) for length in lengths]
-        for n in range(count):
-            for source, document, _ in packing.row(cycle * count + n):
-                seen[source][document] += 1
-        assert [int(s.sum()) for s in seen] == list(packing.documents_per_cycle)
-        assert all(s.max() - s.min() <= 1 for s in seen)
-        assert any(s.min() == s.max() == 1 for s in seen)  # the one that lasts longest
+    state = packing.position(150)
+    seen = [np.zeros(len(length), int) for length in lengths]
+    for source, document in documents_in_order(packing, range(state.row)):
+        seen[source][document] += 1
+    for counts, taken in zip(seen, state.taken, strict=True):
+        epochs, rest = divmod(taken, len(counts))
+        assert set(counts) <= {epochs, epochs + 1}
+        assert (counts == epochs + 1).sum() == rest
 
 
 def test_sources_have_their_share_of_the_tokens_from_the_start():
     packing, lengths = small_packing([3000, 500], [0.7, 0.3], window=64)
     for rows in (range(200), range(200, 400)):
         tokens = np.zeros(2)
-        for n in rows:
-            for source, document, _ in packing.row(n):
-                tokens[source] += lengths[source][document]
-        assert abs(tokens[0] / tokens.sum() - 0.7) < 0.03
+        for source, document in documents_in_order(packing, rows):
+            tokens[source] += lengths[source][document]
+        assert abs(tokens[0] / tokens.sum() - 0.7) < 0.04
+
+
+def test_shares_of_a_long_run_are_exact_however_small_a_source_is():
+    packing, lengths = small_packing([400, 300], [0.995, 0.005], window=8)
+    tokens = np.zeros(2)
+    for source, document in documents_in_order(packing, range(packing.position(6000).row)):
+        tokens[source] += lengths[source][document]
+    assert abs(tokens[1] / tokens.sum() - 0.005) < 2e-4
 
 
 def test_a_row_is_the_same_whatever_was_asked_before():
@@ -116,21 +123,60 @@ def test_a_row_is_the_same_whatever_was_asked_before():
     assert [packing.row(n) for n in reversed(range(150))] == rows[::-1]
 
 
-def test_cycles_and_seeds_differ_in_order():
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 400), st.integers(1, 3))
+def test_from_a_position_later_rows_are_found_without_what_lies_before(n, count):
+    shares = [1.0, 0.3, 0.05][:count]
+    packing, _ = small_packing([200, 30, 7][:count], shares)
+    names = ["a", "b", "c"][:count]
+    kept = json.loads(json.dumps(Position.from_array(packing.position(n).as_array()).plain(names)))
+    again, _ = small_packing([200, 30, 7][:count], shares, position=Position.from_plain(kept, names))
+    packed: list[int] = []
+    inner = again._pack
+    again._packed = lambda state: packed.append(state.row) or inner(state)  # pyright: ignore[reportAttributeAccessIssue]
+    assert [again.row(m) for m in range(n, n + 20)] == [packing.row(m) for m in range(n, n + 20)]
+    assert min(packed) == packing.position(n).row
+    if n:
+        assert again.row(n // 2) == packing.row(n // 2)  # what lies before is found as well, from the start
+
+
+def test_shares_may_change_and_every_document_still_comes_once_an_epoch():
+    def shares(row: int) -> tuple[float, ...]:
+        return (1.0, 0.0) if row < 40 else (0.2, 0.8)
+
+    packing, lengths = small_packing([150, 90], shares)
+    before = documents_in_order(packing, range(40))
+    assert {source for source, _ in before} == {0}
+    later = packing.position(80)
+    tokens = np.zeros(2)
+    for source, document in documents_in_order(packing, range(packing.position(100).row, packing.position(300).row)):
+        tokens[source] += lengths[source][document]
+    assert abs(tokens[1] / tokens.sum() - 0.8) < 0.05
+    whole = documents_in_order(packing, range(later.row))
+    for source in range(2):
+        first_epoch = [document for of, document in whole if of == source][: len(lengths[source])]
+        assert len(set(first_epoch)) == len(first_epoch)
+
+
+def test_a_source_that_is_used_up_leaves_its_share_to_the_others_and_then_there_are_none():
+    packing, lengths = small_packing([50, 400], [0.5, 0.5], caps=lambda row: (2.0, 1.5))
+    seen = [np.zeros(len(length), int) for length in lengths]
+    n = 0
+    with pytest.raises(UserError, match=r"data\.max_epochs: row [\d,]+ cannot be filled"):
+        while True:
+            for source, document, _ in packing.row(n):
+                seen[source][document] += 1
+            n += 1
+    assert set(seen[0]) == {2}
+    assert seen[1].sum() == 600 and set(seen[1]) == {1, 2}
+
+
+def test_epochs_and_seeds_differ_in_order():
     packing, _ = small_packing([100], [1.0])
-    count = rows_per_cycle(packing)
-    cycles = [[packing.row(c * count + n) for n in range(count)] for c in range(3)]
-    assert cycles[0] != cycles[1] != cycles[2]
-    assert sorted(map(sorted, cycles[0])) == sorted(map(sorted, cycles[1]))
+    documents = [document for _, document in documents_in_order(packing, range(200))]
+    first, second = documents[:64], documents[100:164]
+    assert first != second
     assert small_packing([100], [1.0], seed=1)[0].row(0) != packing.row(0)
-
-
-def test_a_far_row_costs_at_most_one_cycle():
-    packing, _ = small_packing([2000, 400], [0.5, 0.5], window=64)
-    start = time.perf_counter()
-    packing.row(10**12)
-    packing.row(10**12 + 1)
-    assert time.perf_counter() - start < 5
 
 
 def test_a_tiny_share_costs_nothing_until_its_rows_are_asked_for():
@@ -138,6 +184,35 @@ def test_a_tiny_share_costs_nothing_until_its_rows_are_asked_for():
     start = time.perf_counter()
     packing.row(100)
     assert time.perf_counter() - start < 5
+
+
+@given(st.lists(st.floats(0, 10), max_size=40))
+def test_balancing_keeps_every_row(costs):
+    assert sorted(balanced(costs)) == list(range(len(costs)))
+
+
+def test_shares_of_a_batch_cost_about_the_same():
+    costs = np.random.default_rng(0).lognormal(0, 1, 64).tolist()
+    for parts in (2, 4, 8):
+        sums = np.array([costs[i] for i in balanced(costs)]).reshape(parts, -1).sum(axis=1)
+        unsorted = np.array(costs).reshape(parts, -1).sum(axis=1)
+        assert sums.max() / sums.mean() < 1.12 < unsorted.max() / unsorted.mean()
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**40))
+def test_shuffled_is_a_bijection(count, key):
+    order = shuffled(np.arange(count), count, (key, 1))
+    assert sorted(order.tolist()) == list(range(count))
+
+
+def test_shuffled_looks_random_and_depends_on_the_key():
+    count = 10_007
+    order = shuffled(np.arange(count), count, (1, 2))
+    assert abs(np.corrcoef(np.arange(count), order)[0, 1]) < 0.03
+    assert abs(np.mean(np.abs(np.diff(order))) / count - 1 / 3) < 0.02
+    assert (order == shuffled(np.arange(count), count, (1, 3))).mean() < 0.01
+    far = shuffled(np.array([0, 10**15 - 1]), 10**15, (1, 2))
+    assert ((far >= 0) & (far < 10**15)).all()
 
 
 @pytest.mark.parametrize("tokens", [512, 2048])

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from data import text
 from data.config import DataConfig, MediaSpec
 from data.images import layout, tiles
-from data.pipeline import Dataset, build_dataset
+from data.pipeline import POSITION, Dataset, build_dataset
 from data.scene_text import document
 from data.scenes import HELD_OUT_START, NOVEL, draw, make_scene
 from data.sources import Document
@@ -31,7 +32,8 @@ def assert_equal(a, b):
 
 def row_documents(dataset: Dataset, n: int) -> list[tuple[str, int, int]]:
     """(source, number, place) of each document in row n; batch b holds rows b * batch_size and on."""
-    return [(dataset.source_names[source], number, start) for source, number, start in dataset._packing.row(n)]
+    batch, row = divmod(n, dataset.config.batch_size)
+    return [(dataset.source_names[source], number, start) for source, number, start in dataset.rows(batch)[row]]
 
 
 def documents(dataset: Dataset, source: str, items: list[int]) -> list[Document]:
@@ -167,6 +169,7 @@ def test_batches_are_the_same_whatever_the_workers_and_the_start(scenes_only, wo
         got = list(batches)
     assert len(got) == 7
     for n, batch in enumerate(got, start=5):
+        assert_array_equal(batch.pop(POSITION), scenes_only.position(n).as_array())
         assert_equal(batch, scenes_only.batch(n))
         assert all(array.flags.owndata for array in batch.values())
 
@@ -182,13 +185,18 @@ def test_pickling_keeps_the_batches(dataset):
 
 def test_the_digest_changes_with_what_the_batches_depend_on(scenes_only):
     config, media = scenes_only.config, scenes_only.media
+
+    def digests(changed: DataConfig) -> str:
+        dataset = build_dataset(changed, media, "train")
+        return f"{dataset.digest} {dataset.digests}"
+
     others = [
-        build_dataset(dataclasses.replace(config, **change), media, "train").digest
+        digests(dataclasses.replace(config, **change))
         for change in ({"seed": 1}, {"batch_size": 4}, {"window": 17}, {"scenes": 99}, {"sequence_length": 600})
     ]
-    assert len({scenes_only.digest, *others}) == 6
-    same = dataclasses.replace(config, workers=3, prefetch=9)
-    assert build_dataset(same, media, "train").digest == scenes_only.digest
+    assert len({digests(config), *others}) == 6
+    for same in ({"workers": 3, "prefetch": 9}, {"mixture": {"scenes": 3.0}}):
+        assert digests(dataclasses.replace(config, **same)) == digests(config)
 
 
 def test_notes_are_those_of_the_sources_and_survive_pickling(scenes_only, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def save(folder: Path, state: TrainState, **config: int) -> Checkpoints:
     return checkpoints
 
 
-METADATA = {"data_digest": "abc", "tokenizer_digest": "xyz"}
+METADATA = {"data_digest": "abc", "source_digests": {"a": "1"}, "tokenizer_digest": "xyz"}
 
 
 def shapes(run: RunConfig) -> TrainState:
@@ -113,8 +114,8 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
     own = Checkpoints(tmp_path / "own" / "checkpoints", CheckpointConfig())
     both = {"from_run": str(tmp_path / "other"), "pretrained": str(golden)}
 
-    def start(tokenizer: str = "xyz", **init: str) -> tuple[TrainState, str]:
-        return initialise(run_config(model, **init), Skeleton(model), own, "abc", tokenizer)
+    def start(tokenizer: str = "xyz", data: Any = METADATA, **init: Any) -> tuple[TrainState, str]:
+        return initialise(run_config(model, **init), Skeleton(model), own, data, tokenizer)
 
     scratch, line = start()
     assert line == "scratch, seed 0"
@@ -131,6 +132,11 @@ def test_weights_come_from_own_checkpoint_before_another_run_before_pretrained_b
     resumed, line = start(**both)
     assert line == "own checkpoint, step 9"
     assert int(resumed.step) == 9
+    start(data={"data_digest": "abc", "source_digests": {"a": "1", "b": "2"}}, **both)  # a source has come
+    with pytest.raises(UserError, match=r"other data: of source a it has 1, found 2"):
+        start(data={"data_digest": "abc", "source_digests": {"a": "2"}}, **both)
+    with pytest.raises(UserError, match=r"other data: of the options of the data it has abc, found abd"):
+        start(data={"data_digest": "abd", "source_digests": {"a": "1"}}, **both)
 
 
 @pytest.mark.parametrize("whole", [True, False])

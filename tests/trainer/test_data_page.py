@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ TEXTS = ["<script>alert(1)</script>", "plain & simple", "ünïcödé", "a" * 40]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> RunConfig:
     folder = tmp_path_factory.mktemp("page")
-    records = [{"id": f"<b>{i}", "text": text} for i, text in enumerate(TEXTS)]
+    records: list[dict[str, Any]] = [{"id": f"<b>{i}", "text": text} for i, text in enumerate(TEXTS)]
     records.append({"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]})
     records.append({"parts": [{"type": "text", "text": "half", "weight": 0.5}]})
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -86,7 +86,7 @@ def test_another_config_is_refused_with_the_difference_unless_asked_for(undistur
 def test_other_data_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     output = finish(start(workdir, "--config.data.seed=1", "--allow-config-change"), 2)
-    assert "was trained on data" in output and "--config.init.from_run" in output
+    assert "was trained on other data" in output and "--config.init.from_run" in output
     for name in ("config.json", "tokenizer.json"):
         assert (workdir / name).read_text() == (undisturbed / name).read_text()  # a refused start changes nothing
 
