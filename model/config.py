@@ -1,4 +1,4 @@
-"""Typed options of the model: the text decoder and the vision encoder (free of jax, so that `--help` is instant)."""
+"""Typed options of the model: the decoder, the encoders of pictures and of sound (free of jax, so `--help` is instant)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,6 +87,44 @@ class VisionConfig:
             yield "rope_theta", f"found {self.rope_theta}, expected more than 1"
 
 
+AUDIO_STRIDE = 8
+"""Log-mel frames (10 ms each) that become one token: three convolutions of stride 2."""
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """The audio encoder: windows of log-mel frames, three strided convolutions, a small transformer within a window."""
+
+    mel_bins: int = 80
+    """Mel bins of a frame."""
+    window_frames: int = 128
+    """Log-mel frames of a window, 10 ms each; a token stands for 8 of them, and sees no other window."""
+    hidden_size: int = 512
+    """Width of the encoder, and of the features that its projector maps to the decoder."""
+    num_layers: int = 6
+    """Number of encoder blocks, behind the convolutions."""
+    num_heads: int = 8
+    """Attention heads; each is hidden_size / num_heads wide."""
+    ffn_size: int = 2048
+    """Width of the encoder's MLP."""
+    windows_per_block: int = 8
+    """Windows encoded at once; blocks that hold only padding are skipped."""
+
+    @property
+    def tokens_per_window(self) -> int:
+        """Decoder tokens that a full window becomes."""
+        return self.window_frames // AUDIO_STRIDE
+
+    def problems(self) -> Iterator[Problem]:
+        if self.window_frames % AUDIO_STRIDE:
+            yield (
+                "window_frames",
+                f"found {self.window_frames}, expected a multiple of {AUDIO_STRIDE}, the frames of a token",
+            )
+        if self.hidden_size % self.num_heads:
+            yield "num_heads", f"found {self.num_heads}, expected a divisor of hidden_size={self.hidden_size}"
+
+
 class LayerKind(NamedTuple):
     """What one decoder layer is made of."""
 
@@ -98,7 +136,7 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder, and the vision encoder if there is one. Defaults are Llama 4 Scout's."""
+    """The decoder, and the encoders of pictures and of sound if there are any. Defaults are Llama 4 Scout's."""
 
     MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"moe_layer_step", "nope_layer_step"})
 
@@ -153,7 +191,9 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; 0 draws each matrix with 1 / sqrt(inputs) and embeddings with 1."""
     vision: VisionConfig | None = None
-    """The vision encoder; None for a text-only model."""
+    """The vision encoder; None for a model that sees no pictures."""
+    audio: AudioConfig | None = None
+    """The audio encoder; None for a model that hears nothing."""
     dtype: Dtype = "float32"
     """Precision of the computation. Norms, router, rotary embedding and softmax are at least float32."""
     param_dtype: ParamDtype = "float32"
