@@ -1,11 +1,12 @@
-"""The decoder with early fusion: embeddings, image features, scanned super-blocks, final norm, output head.
+"""The decoder with early fusion: embeddings, features of pictures and sound, scanned super-blocks, final norm, output head.
 
-Letters: B rows, S sequence, T = B x S tokens, D width, V vocabulary, M tiles, P patch tokens per tile, R repeats.
+Letters: B rows, S sequence, T = B x S tokens, D width, V vocabulary, M tiles or windows of sound, P tokens of each of them,
+R repeats.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attention, Layout
+from model.audio import Audio, encode_used_windows
 from model.blockwise import Tokens
 from model.cache import Cache, Cached, KeysValues, chunk_of, filled
 from model.config import LayerKind, ModelConfig
@@ -26,11 +28,17 @@ from sharding.place import GATHERED_WEIGHT, Place
 
 Batch = Mapping[str, jax.Array]
 """One packed batch: `tokens`, `targets`, `loss_weights`, `segment_ids` (0 is padding), `positions`, `source_ids`, all
-[B,S]; with images, `image_tiles` [B,M,side,side,3] and `image_positions` [B,M,P] (-1 in unused slots)."""
+[B,S]; with images, `image_tiles` [B,M,side,side,3] and `image_positions` [B,M,P] (-1 in unused slots); with sound,
+`audio_frames` [B,M,frames,mel bins] and `audio_positions` [B,M,P] (-1 for unused tokens: of a window the first are used)."""
+
+Medium = Literal["image", "audio"]
+"""What a batch can hold beside text: its positions are `<medium>_positions`."""
 
 
 ALONE = Place()
 """One device, with all weights."""
+
+Encoder = TypeVar("Encoder", Vision, Audio)
 
 EMBED_STD = 1.0
 """Standard deviation of the embedding table where init_std is 0."""
@@ -48,6 +56,12 @@ def check_batch(batch: Batch, config: ModelConfig) -> None:
         side = vision.image_size
         chex.assert_shape(batch["image_tiles"], (batch["tokens"].shape[0], None, side, side, 3))
         chex.assert_shape(batch["image_positions"], (*batch["image_tiles"].shape[:2], vision.tokens_per_tile))
+    if "audio_frames" in batch:
+        audio, frames = config.audio, batch["audio_frames"]
+        assert audio, "the batch has sound, the model has no audio encoder"
+        chex.assert_type(frames, float)
+        chex.assert_shape(frames, (batch["tokens"].shape[0], None, audio.window_frames, audio.mel_bins))
+        chex.assert_shape(batch["audio_positions"], (*frames.shape[:2], audio.tokens_per_window))
 
 
 class Layer(nnx.Module):
@@ -89,12 +103,12 @@ class Layer(nnx.Module):
         return x_BSD + self.place.joined(out_TD).reshape(x_BSD.shape), stats, kept
 
 
-def here(batch: Batch, place: Place) -> jax.Array:
-    """`image_positions` [B,M,P] as places in the share of the row that is on this device; -1 elsewhere.
+def here(batch: Batch, medium: Medium, place: Place) -> jax.Array:
+    """Positions [B,M,P] of tiles or windows as places in the share of the row that is on this device; -1 elsewhere.
 
-    A tile whose tokens are on two devices is encoded by both.
+    One whose tokens are on two devices is encoded by both.
     """
-    S, positions_BMP = batch["tokens"].shape[1], batch["image_positions"]
+    S, positions_BMP = batch["tokens"].shape[1], batch[f"{medium}_positions"]
     within_BMP = positions_BMP - place.first("context", S)
     return jnp.where((positions_BMP >= 0) & (within_BMP >= 0) & (within_BMP < S), within_BMP, -1)
 
@@ -111,7 +125,7 @@ class Output:
     layers_LBSD: jax.Array | None = None
     """With `capture`: the output of every layer."""
     embedded_BSD: jax.Array | None = None
-    """With `capture`: the input of the first layer, images included."""
+    """With `capture`: the input of the first layer, images and sound included."""
 
 
 class Transformer(nnx.Module):
@@ -147,6 +161,10 @@ class Transformer(nnx.Module):
             self.projector = matrix(
                 rngs, (config.vision.adapter_size, D), "- width", config.vision.adapter_size, config
             )
+        if config.audio:
+            self.audio = Audio(config, config.audio, rngs)
+            width = config.audio.hidden_size
+            self.audio_projector = matrix(rngs, (width, D), "- width", width, config)
 
     def head(self) -> jax.Array:
         """The output head, [D, V], in the precision of the computation; on a tensor axis this device's part of V."""
@@ -161,16 +179,31 @@ class Transformer(nnx.Module):
 
     def encode_images(self, batch: Batch) -> jax.Array:
         """Projected features of a batch's tiles, [B, M, P, D]; zeros in unused slots."""
-        tiles, positions_BMP = batch["image_tiles"], here(batch, self.place)
-        B, M, P = positions_BMP.shape
-        used = (positions_BMP >= 0).any(axis=2).reshape(-1)
-        # Gathered here: inside, devices run as many blocks as they have tiles, and could not wait for each other. Not
-        # narrowed: the gradients of all blocks are summed in the weights' precision.
-        graph, weights = nnx.split(self.vision)
-        vision = nnx.merge(graph, self.place.whole(weights))
-        features = encode_used_tiles(vision, tiles.reshape(B * M, *tiles.shape[2:]), used)
-        projector = self.place.whole(self.projector, self.config.dtype)[...]
-        return (features @ projector.astype(features.dtype)).reshape(B, M, P, -1)
+        tiles, used_BM = batch["image_tiles"], (here(batch, "image", self.place) >= 0).any(axis=2)
+        features = encode_used_tiles(self._gathered(self.vision), merged(tiles), used_BM.reshape(-1))
+        return self._projected(features, self.projector, used_BM.shape)
+
+    def encode_audio(self, batch: Batch) -> jax.Array:
+        """Projected features of a batch's windows of sound, [B, M, P, D]; zeros in unused windows."""
+        used_BMP, wanted_BM = batch["audio_positions"] >= 0, (here(batch, "audio", self.place) >= 0).any(axis=2)
+        features = encode_used_windows(
+            self._gathered(self.audio), merged(batch["audio_frames"]), merged(used_BMP), wanted_BM.reshape(-1)
+        )
+        return self._projected(features, self.audio_projector, wanted_BM.shape)
+
+    def _gathered(self, encoder: Encoder) -> Encoder:
+        """The encoder with whole weights.
+
+        Gathered here: inside, devices run as many blocks as they have items, and could not wait for each other. Not
+        narrowed: the gradients of all blocks are summed in the weights' precision.
+        """
+        graph, weights = nnx.split(encoder)
+        return nnx.merge(graph, self.place.whole(weights))
+
+    def _projected(self, features: jax.Array, projector: nnx.Param, items: tuple[int, ...]) -> jax.Array:
+        """Features of an encoder in the decoder's width, [*items, P, D]."""
+        weight = self.place.whole(projector, self.config.dtype)[...]
+        return (features @ weight.astype(features.dtype)).reshape(*items, features.shape[1], -1)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Rows of the embedding table, [..., D]; only those that are asked for change their precision."""
@@ -178,16 +211,16 @@ class Transformer(nnx.Module):
             return self.place.rows(self.embed, tokens, self.config.dtype)
         return pick(self.embed[...], tokens).astype(self.config.dtype)
 
-    def embed_batch(self, batch: Batch, features_BMPD: jax.Array | None) -> jax.Array:
-        """Token embeddings [B,S,D], replaced by image features at the positions that the batch names."""
+    def embed_batch(self, batch: Batch, features: Mapping[Medium, jax.Array]) -> jax.Array:
+        """Token embeddings [B,S,D], replaced by features [B,M,P,D] at the positions that the batch names."""
         x_BSD = self.embed_tokens(batch["tokens"])
-        if features_BMPD is None:
-            return x_BSD
         B, S, D = x_BSD.shape
-        positions = here(batch, self.place).reshape(B, -1)
-        # Unused slots say -1, which indexing would read as the last token: past the end they are dropped.
-        positions = jnp.where(positions < 0, S, positions)
-        return x_BSD.at[jnp.arange(B)[:, None], positions].set(features_BMPD.reshape(B, -1, D), mode="drop")
+        for medium, features_BMPD in features.items():
+            positions = here(batch, medium, self.place).reshape(B, -1)
+            # Unused slots say -1, which indexing would read as the last token: past the end they are dropped.
+            positions = jnp.where(positions < 0, S, positions)
+            x_BSD = x_BSD.at[jnp.arange(B)[:, None], positions].set(features_BMPD.reshape(B, -1, D), mode="drop")
+        return x_BSD
 
     def __call__(self, batch: Batch, capture: bool = False) -> Output:
         """Runs a batch."""
@@ -232,12 +265,14 @@ class Transformer(nnx.Module):
         return self._normed(x_BSD)[:, 0], Cache(slots, cache.lengths_B + 1)
 
     def _inputs(self, batch: Batch) -> tuple[jax.Array, Layout]:
-        """The first layer's input, images included, and where each token stands."""
+        """The first layer's input, images and sound included, and where each token stands."""
         check_batch(batch, self.config)
-        features_BMPD = None
+        features: dict[Medium, jax.Array] = {}
         if "image_tiles" in batch and batch["image_tiles"].shape[1]:
-            features_BMPD = self.encode_images(batch)
-        embedded_BSD = self.embed_batch(batch, features_BMPD)
+            features["image"] = self.encode_images(batch)
+        if "audio_frames" in batch and batch["audio_frames"].shape[1]:
+            features["audio"] = self.encode_audio(batch)
+        embedded_BSD = self.embed_batch(batch, features)
         return embedded_BSD, Layout.of(batch["segment_ids"], batch["positions"], self.config, self.place)
 
     def _decoder(
@@ -324,6 +359,11 @@ class Transformer(nnx.Module):
 
     def _normed(self, x_BSD: jax.Array) -> jax.Array:
         return rms_norm(x_BSD, self.final_norm, self.config.norm_eps)
+
+
+def merged(array: jax.Array) -> jax.Array:
+    """[B, M, ...] -> [B x M, ...]."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def stack(trees: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from sharding.config import AXES
 from sharding.place import Place
 from sharding.rules import Axes, Rules
 
-MEDIA = ("image_",)
+MEDIA = ("image_", "audio_")
 """How the names of arrays begin that belong to rows as a whole: [B, M, ...]."""
 
 

@@ -10,10 +10,10 @@ Dims = tuple[str, ...]
 """Names of an array's last dims; "-" for one that is never split. Dims before them, of stacked layers, are whole."""
 Axes = tuple[str, ...]
 
-GATHERED = ("width", "vision_width", "adapter", "expert_width")
+GATHERED = ("width", "vision_width", "adapter", "audio_width", "expert_width")
 """Dims whose parts are gathered where they are used."""
-AS_FAR_AS_THEY_DIVIDE = ("vision_width", "adapter")
-"""Dims of the vision encoder, whose sizes have few factors: axes that do not divide them are left out."""
+AS_FAR_AS_THEY_DIVIDE = ("vision_width", "adapter", "audio_width")
+"""Dims of the encoders of pictures and sound, whose sizes have few factors: axes that do not divide them are left out."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Rules:
     """Of the vision encoder."""
     adapter: Axes = ("fsdp", "expert", "context")
     """Of the vision encoder's adapter."""
+    audio_width: Axes = ("fsdp", "expert", "context")
+    """Of the audio encoder."""
     experts: Axes = ("expert",)
     """Number of experts, in their weights. Never gathered: tokens go to the experts."""
     expert_width: Axes = ("fsdp", "context")

@@ -6,7 +6,7 @@ document is run alone, every query gathers the keys that it may see, every token
 formulas are those of transformers' `models/llama4`, whose stored answers it reproduces (`tests/golden/test_oracle.py`).
 
 Legend: S tokens of the one document, D width, N query heads, K kv heads, H head width, F ffn width, E experts,
-V vocabulary, M tiles, P patches per tile, W vision width, C chunk.
+V vocabulary, M tiles or windows of sound, P patches per tile or tokens per window, W encoder width, C chunk.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy
 from autograd.scipy.special import erf
 from autograd.tracer import getval
 
-from model.config import ModelConfig, VisionConfig
+from model.config import AudioConfig, ModelConfig, VisionConfig
 
 Tree = dict[Any, Any]
 
@@ -38,6 +38,10 @@ class Document:
     """[M, side, side, 3], from -1 to 1."""
     slots: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros((0, 0), int))
     """[M, tokens per tile]: the position in the document that each patch token of each tile replaces."""
+    windows: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros((0, 0, 0)))
+    """[M, frames, mel bins]: log-mel windows of sound."""
+    sound_slots: numpy.ndarray = dataclasses.field(default_factory=lambda: numpy.zeros((0, 0), int))
+    """[M, tokens per window]: the position in the document that each token of each window replaces, -1 if unused."""
     start: int = 0
     """Where in its row it stood; read only where the temperature counts from there."""
 
@@ -64,14 +68,17 @@ def forward(
     """The model on one document. `params` is our layout; `router_bias` maps layers to [E] (aux-loss-free balance)."""
     x = params["embed"][document.tokens]
     vision: dict[str, Any] = {}
+    feature_of: dict[int, Any] = {}
     if len(document.tiles):
         assert config.vision
         vision = encode_tiles(params, document.tiles, config.vision)
-        feature_of = {
-            int(position): vision["projected"][m][p]
-            for m, positions in enumerate(document.slots)
-            for p, position in enumerate(positions)
-        }
+        for features, positions in zip(vision["projected"], document.slots, strict=True):
+            feature_of |= {int(position): feature for position, feature in zip(positions, features, strict=True)}
+    for window, positions in zip(document.windows, document.sound_slots, strict=True):
+        assert config.audio
+        features = encode_window(params["audio"], window, positions >= 0, config.audio) @ params["audio_projector"]
+        feature_of |= {int(position): features[i] for i, position in enumerate(positions[positions >= 0])}
+    if feature_of:
         x = np.stack([feature_of.get(s, x[s]) for s in range(len(document.tokens))])
     hidden, router_logits, choices = [x], {}, {}
     for i, kind in enumerate(config.layer_kinds()):
@@ -219,7 +226,7 @@ def encode_tile(params: Any, tile: numpy.ndarray, config: VisionConfig) -> Any:
     x = layer_norm(x + params["pos_embed"], params["pre_norm"])
     angles = vision_angles(config)
     for i in range(config.num_layers):
-        x = vision_block(x, layer_of({0: params["blocks"]}, i, 1), angles)
+        x = encoder_block(x, layer_of({0: params["blocks"]}, i, 1), angles)
     return x
 
 
@@ -235,10 +242,11 @@ def vision_angles(config: VisionConfig) -> numpy.ndarray:
     return numpy.array([*angles, [0.0] * (2 * len(speeds))])
 
 
-def vision_block(x: Any, weights: Any, angles: numpy.ndarray) -> Any:
+def encoder_block(x: Any, weights: Any, angles: numpy.ndarray | None = None) -> Any:
     h = layer_norm(x, weights["attn_norm"])
-    q, k, v = (np.einsum("pw,wnh->pnh", h, weights[name]["kernel"]) + weights[name]["bias"] for name in "qkv")
-    q, k = rotate(q, angles), rotate(k, angles)
+    q, k, v = (np.einsum("pw,wnh->pnh", h, weights[name]["kernel"]) + weights[name].get("bias", 0) for name in "qkv")
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
     scores = np.einsum("pnh,rnh->npr", q, k) / numpy.sqrt(q.shape[-1])
     heads = np.einsum("npr,rnh->pnh", softmax(scores), v)
     x = x + np.einsum("pnh,nhw->pw", heads, weights["o"]["kernel"]) + weights["o"]["bias"]
@@ -267,6 +275,30 @@ def pixel_shuffle(x: Any, config: VisionConfig) -> Any:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------- audio
+
+
+def encode_window(params: Any, frames: numpy.ndarray, used: numpy.ndarray, config: AudioConfig) -> Any:
+    """[frames, mel bins] -> [used tokens, W]. What is not used does not exist: neither its frames nor its token."""
+    count = int(numpy.flatnonzero(used)[-1]) + 1
+    x = frames[: count * config.window_frames // config.tokens_per_window]
+    for name in ("first", "second", "third"):
+        x = gelu(convolution(x, params["convolutions"][name]))
+    x = (x + params["pos_embed"][:count])[numpy.flatnonzero(used)]
+    for i in range(config.num_layers):
+        x = encoder_block(x, layer_of({0: params["blocks"]}, i, 1))
+    return layer_norm(x, params["post_norm"])
+
+
+def convolution(x: Any, weights: Any) -> Any:
+    """[L, I] -> [L/2, W]: output i is made of inputs 2i - 1, 2i and 2i + 1, of those that there are."""
+    outputs = []
+    for i in range(len(x) // 2):
+        near = [(tap, 2 * i + tap - 1) for tap in range(3) if 2 * i + tap - 1 >= 0]
+        outputs.append(sum(x[at] @ weights["kernel"][tap] for tap, at in near) + weights["bias"])
+    return np.stack(outputs)
+
+
 # ------------------------------------------------------------------------------------------------------------ objective
 
 
@@ -286,6 +318,13 @@ def documents(batch: Mapping[str, numpy.ndarray]) -> Iterator[tuple[int, slice, 
                 tiles = tiles / 127.5 - 1 if tiles.dtype == numpy.uint8 else tiles.astype(numpy.float64)
                 slots = batch["image_positions"][b][inside] - start
                 document = dataclasses.replace(document, tiles=tiles, slots=slots)
+            if "audio_frames" in batch:
+                positions = batch["audio_positions"][b]
+                inside = numpy.isin(positions, where).any(axis=-1)
+                assert numpy.isin(positions[inside], numpy.append(where, -1)).all(), "a window belongs to one segment"
+                windows = batch["audio_frames"][b][inside].astype(numpy.float64)
+                slots = numpy.where(positions < 0, -1, positions - start)[inside]
+                document = dataclasses.replace(document, windows=windows, sound_slots=slots)
             yield b, slice(start, stop), document
 
 

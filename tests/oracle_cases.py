@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from model.config import ModelConfig, VisionConfig
+from model.config import AudioConfig, ModelConfig, VisionConfig
 from tests import oracle
 from trainer import step
 from trainer.config import ObjectiveConfig
@@ -22,6 +22,10 @@ SOURCES = 3
 
 VISION = VisionConfig(
     image_size=8, patch_size=2, hidden_size=8, num_layers=2, num_heads=2, ffn_size=32, adapter_size=6, tiles_per_block=2
+)
+
+AUDIO = AudioConfig(
+    mel_bins=5, window_frames=24, hidden_size=6, num_layers=2, num_heads=2, ffn_size=7, windows_per_block=2
 )
 
 TINY = ModelConfig(
@@ -68,9 +72,15 @@ def random_params(config: ModelConfig, seed: int) -> oracle.Tree:
 
 
 def random_batch(
-    config: ModelConfig, seed: int, rows: int = 2, length: int = 26, tiles: int = 2, longest: int = 12
+    config: ModelConfig,
+    seed: int,
+    rows: int = 2,
+    length: int = 26,
+    tiles: int = 2,
+    longest: int = 12,
+    windows: int = 5,
 ) -> dict[str, np.ndarray]:
-    """Packed rows: several documents and, mostly, padding at the end; images in some documents; uneven weights.
+    """Packed rows: several documents and, mostly, padding at the end; images and sound in some documents; uneven weights.
 
     Weights are powers of two, so that their sum is exact in any precision.
     """
@@ -101,7 +111,26 @@ def random_batch(
                 batch["image_tiles"][b, used] = rng.integers(0, 256, (side, side, 3))
                 used += 1
             start += size
-    return batch
+    return batch | (_sound(config.audio, batch, windows, np.random.default_rng([seed, 4])) if config.audio else {})
+
+
+def _sound(
+    audio: AudioConfig, batch: Mapping[str, np.ndarray], windows: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Windows of sound for a batch: in most documents one or two, where no image is; noise where nothing is used."""
+    (B, S), P = batch["tokens"].shape, audio.tokens_per_window
+    frames = rng.standard_normal((B, windows, audio.window_frames, audio.mel_bins)).astype(np.float32)
+    positions = np.full((B, windows, P), -1, np.int32)
+    for b in range(B):
+        seen = batch["image_positions"][b] if "image_positions" in batch else []
+        free, slots = np.setdiff1d(np.arange(S), seen), iter(rng.permutation(windows)[1:])
+        for segment in range(1, batch["segment_ids"][b].max() + 1):
+            places = free[batch["segment_ids"][b][free] == segment][rng.integers(0, 2) :]
+            for count in rng.integers(1, P + 1, rng.integers(1, 3)):
+                slot = next(slots, None)
+                if slot is not None and len(places):
+                    positions[b, slot, : len(places[:count])], places = places[:count], places[count:]
+    return {"audio_frames": frames, "audio_positions": positions}
 
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.moe import RouterStats
-from model.transformer import Batch, Transformer, here
+from model.transformer import Batch, Medium, Transformer, here
 from model.vocab_loss import token_losses
 from sharding.place import Place
 from trainer.config import ObjectiveConfig
@@ -55,11 +55,16 @@ def router_z(stats: RouterStats) -> jax.Array:
     return jnp.mean(stats.z / jnp.maximum(stats.tokens, 1))
 
 
-def used_tiles(batch: Batch, place: Place) -> jax.Array:
-    """Image tiles whose first token is here; empty slots aside, all tiles of the batch, unless rows are split."""
-    if "image_positions" not in batch:
-        return jnp.zeros((), jnp.int32)
-    return jnp.sum(here(batch, place)[:, :, 0] >= 0)
+def used(batch: Batch, medium: Medium, place: Place) -> jax.Array:
+    """Tiles or windows of sound whose first token is here: unless rows are split, all of them but empty slots."""
+    return jnp.sum(here(batch, medium, place)[:, :, 0] >= 0)
+
+
+def media_sums(batch: Batch, place: Place) -> Sums:
+    """`tiles`, 0 where the batch has none, and, only where it has sound, `audio_windows`."""
+    none = jnp.zeros((), jnp.int32)
+    sums = {"tiles": used(batch, "image", place) if "image_positions" in batch else none}
+    return sums | ({"audio_windows": used(batch, "audio", place)} if "audio_positions" in batch else {})
 
 
 def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective:
@@ -72,10 +77,11 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
         weights_T = batch["loss_weights"].reshape(-1).astype(losses_T.dtype)
         weighted_T = losses_T * weights_T
         sources_T = batch["source_ids"].reshape(-1)
+        real_T = batch["segment_ids"].reshape(-1) > 0
         sums = {
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
-            "tiles": used_tiles(batch, model.place),
-            "source_tokens": jax.ops.segment_sum(batch["segment_ids"].reshape(-1) > 0, sources_T, num_sources + 1)[1:],
+            "tokens": jnp.sum(real_T),
+            **media_sums(batch, model.place),
+            "source_tokens": jax.ops.segment_sum(real_T.astype(jnp.int32), sources_T, num_sources + 1)[1:],
             "source_loss": jax.ops.segment_sum(weighted_T, sources_T, num_sources + 1)[1:],
             "source_weight": jax.ops.segment_sum(weights_T, sources_T, num_sources + 1)[1:],
             "loss": jnp.sum(weighted_T) / extras.weight_total.astype(losses_T.dtype),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, VisionConfig
+from model.config import AudioConfig, ModelConfig, VisionConfig
 from tests import oracle
 from tests.oracle_cases import FAST_COMPILE, bias_of_layers
 from trainer.step import Skeleton
@@ -29,14 +29,18 @@ def float64(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 
 def documents(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """One document of `TOTAL` tokens a row; with a vision encoder, the first three rows begin with 2, 0 and 1 tiles."""
+    """One document of `TOTAL` tokens a row; with a vision encoder, the first three rows begin with 2, 0 and 1 tiles.
+
+    With an audio encoder, the fourth begins with two windows of sound, the second of which is not full.
+    """
     rng, shape = np.random.default_rng([seed, 3]), (len(PROMPTS), TOTAL)
     batch = {
         "tokens": rng.integers(0, config.vocab_size, shape).astype(np.int32),
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.tile(np.arange(TOTAL, dtype=np.int32), (len(PROMPTS), 1)),
     }
-    return batch | (_images(config.vision, rng) if config.vision else {})
+    batch |= _images(config.vision, rng) if config.vision else {}
+    return batch | (_sound(config.audio, rng) if config.audio else {})
 
 
 def _images(vision: VisionConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -47,6 +51,14 @@ def _images(vision: VisionConfig, rng: np.random.Generator) -> dict[str, np.ndar
         positions[row, slot] = start + np.arange(P)
         tiles[row, slot] = rng.integers(0, 256, (side, side, 3))
     return {"image_tiles": tiles, "image_positions": positions}
+
+
+def _sound(audio: AudioConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    P = audio.tokens_per_window
+    positions = np.full((len(PROMPTS), 2, P), -1, np.int32)
+    positions[3, 0], positions[3, 1, : P - 1] = np.arange(P), P + np.arange(P - 1)
+    frames = rng.standard_normal((*positions.shape[:2], audio.window_frames, audio.mel_bins)).astype(np.float32)
+    return {"audio_frames": frames, "audio_positions": positions}
 
 
 def decoding(config: ModelConfig, steps: int) -> Callable[..., Any]:

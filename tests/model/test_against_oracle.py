@@ -17,6 +17,7 @@ from model import blockwise, grouped_ffn
 from model.config import ModelConfig, RopeScaling
 from tests import oracle
 from tests.oracle_cases import (
+    AUDIO,
     COEFFICIENTS,
     SOURCES,
     TINY,
@@ -69,6 +70,7 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "heads": {"4/2": {}, "4/1": {"num_kv_heads": 1}, "4/4": {"num_kv_heads": 4}},
     "output": {"own": {}, "tied": {"tie_embeddings": True}},
     "images": {"no": {}, "yes": {"vision": VISION}},
+    "audio": {"no": {}, "yes": {"audio": AUDIO}},
     "bias": {"no": {}, "yes": {"router_bias_rate": 0.1}},
     "remat": {"none": {"remat": "none"}, "dots": {"remat": "dots"}, "full": {"remat": "full"}},
     "scan": {"yes": {"scan_layers": True}, "no": {"scan_layers": False}},
@@ -126,6 +128,10 @@ def run_case(case: Case, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None
             assert_same_values(sums, loss, parts, total, FLOAT64)
             assert_same_gradient(gradient, expected_gradient, FLOAT64)
             assert sums["tokens"] == (batch["segment_ids"] > 0).sum()
+            if config.audio:
+                assert sums["audio_windows"] == (batch["audio_positions"] >= 0).any(axis=2).sum()
+            else:
+                assert "audio_windows" not in sums
 
 
 @pytest.mark.parametrize("case", all_pairs(), ids=lambda case: "|".join(case.values()))
@@ -163,7 +169,8 @@ def test_a_row_of_several_query_blocks_and_full_expert_blocks_agrees_with_the_or
 
 LOWER_PRECISION = {
     "text": DEFAULT | {"layers": "maverick"},
-    "images": DEFAULT | {"layers": "scout", "images": "yes", "top-k": "2", "positions": "2", "output": "tied"},
+    "images and sound": DEFAULT
+    | {"layers": "scout", "images": "yes", "audio": "yes", "top-k": "2", "positions": "2", "output": "tied"},
     "recomputed": DEFAULT | {"layers": "scout", "remat": "full", "micro-batches": "2", "rope": "scout"},
 }
 

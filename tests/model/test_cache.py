@@ -14,7 +14,7 @@ from model.config import ModelConfig, RopeScaling, VisionConfig
 from model.layers import pick
 from tests import oracle
 from tests.model.decoding import PROMPTS, TOTAL, compare, decoding, documents, float64, of_oracle, uncached
-from tests.oracle_cases import FAST_COMPILE, TINY, VISION, random_bias, random_params
+from tests.oracle_cases import AUDIO, FAST_COMPILE, TINY, VISION, random_bias, random_params
 from trainer.step import Skeleton
 
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,13 @@ CASES: dict[str, dict[str, Any]] = {
     "global, by row": {"nope_layer_step": 1, "num_layers": 2, "num_kv_heads": 4, "temperature_from": "row"},
     "chunks of one, no temperature": {"chunk_size": 1, "temperature_tuning": False, "nope_layer_step": 2},
     "one chunk, blended scaling": {"chunk_size": 99, "rope_scaling": RopeScaling(4.0, 0.5, 4.0, 60), "remat": "full"},
-    "images": {"vision": VISION, "moe_layer_step": 1, "nope_layer_step": 2, "experts_per_token": 2},
+    "images and sound": {
+        "vision": VISION,
+        "audio": AUDIO,
+        "moe_layer_step": 1,
+        "nope_layer_step": 2,
+        "experts_per_token": 2,
+    },
 }
 
 

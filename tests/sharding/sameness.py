@@ -26,6 +26,7 @@ from sharding.config import AXES, meshes, written
 from sharding.mesh import DeviceMesh
 from tests import oracle
 from tests.oracle_cases import (
+    AUDIO,
     COEFFICIENTS,
     FAST_COMPILE,
     SOURCES,
@@ -57,7 +58,7 @@ WIDE = dataclasses.replace(
 """Of sizes that 8 devices can split."""
 
 CASES: dict[str, tuple[ModelConfig, int]] = {
-    "experts everywhere, images": (
+    "experts everywhere, images and sound": (
         dataclasses.replace(
             WIDE,
             num_layers=8,
@@ -66,6 +67,7 @@ CASES: dict[str, tuple[ModelConfig, int]] = {
             experts_per_token=2,
             router_bias_rate=0.1,
             vision=dataclasses.replace(VISION, adapter_size=8),
+            audio=dataclasses.replace(AUDIO, hidden_size=8, num_layers=1),
         ),
         2,
     ),

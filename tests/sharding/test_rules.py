@@ -26,6 +26,10 @@ def test_dims_of_the_vision_encoder_are_split_as_far_as_they_divide() -> None:
     assert Rules().split(("vision_width",), (7,), MESH) == ((),)
 
 
+def test_dims_of_the_audio_encoder_are_split_as_far_as_they_divide() -> None:
+    assert Rules().split(("audio_width", "audio_heads", "head"), (3, 12, 2, 6), MESH) == ((), ("fsdp",), (), ())
+
+
 def test_an_axis_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"fsdp=4 x expert=2 does not divide width, which is 12"):
         Rules().split(("width", "ffn"), (12, 8), MESH)

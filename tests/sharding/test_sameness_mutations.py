@@ -52,7 +52,17 @@ def chunks_cut_at_the_edge(patch: Patch) -> None:
 
 
 def images_at_their_place_in_the_row(patch: Patch) -> None:
-    patch.setattr(transformer, "here", lambda batch, place: batch["image_positions"])
+    patch.setattr(transformer, "here", lambda batch, medium, place: batch[f"{medium}_positions"])
+
+
+def sound_heard_in_shares(patch: Patch) -> None:
+    original = transformer.Transformer.encode_audio
+
+    def encode_audio(self: transformer.Transformer, batch: transformer.Batch) -> jax.Array:
+        positions, local = batch["audio_positions"], transformer.here(batch, "audio", self.place)
+        return original(self, {**batch, "audio_positions": jnp.where(local < 0, -1, positions)})
+
+    patch.setattr(transformer.Transformer, "encode_audio", encode_audio)
 
 
 def capacity_of_each_share(patch: Patch) -> None:
@@ -77,6 +87,7 @@ MUTATIONS: tuple[tuple[Callable[[Patch], None], str, dict[str, int]], ...] = (
     (later_rounds_lost, EVERYTHING, {"expert": 8}),
     (chunks_cut_at_the_edge, IN_TURN, {"context": 8}),
     (images_at_their_place_in_the_row, EVERYTHING, {"context": 8}),
+    (sound_heard_in_shares, EVERYTHING, {"context": 8}),
     (capacity_of_each_share, IN_TURN, {"context": 8}),
     (documents_of_another_micro_batch, IN_TURN, {"stage": 2, "fsdp": 4}),
     (repeats_not_dealt, EVERYTHING, {"stage": 2, "fsdp": 4}),
