@@ -54,8 +54,8 @@ def measure(config: str, overrides: dict[str, str], steps: int) -> None:
         state, sums = jax.block_until_ready(step(state, batch))
         wall.append(time.perf_counter() - start)
     after, middle = resource.getrusage(resource.RUSAGE_SELF), sorted(wall)[len(wall) // 2]
-    tokens = float(sums["tokens"])
-    flops = flops_per_token(run.model, run.data.sequence_length).training_step(tokens, float(sums["tiles"]))
+    tokens, tiles, windows = (float(sums.get(name, 0)) for name in ("tokens", "tiles", "audio_windows"))
+    flops = flops_per_token(run.model, run.data.sequence_length).training_step(tokens, tiles, windows)
     print(f"step          {1e3 * middle:8.0f} ms (median of {steps}; least {1e3 * min(wall):.0f})")
     print(f"tokens        {tokens / middle:8.0f} a second, {flops / middle / 1e9:.0f} GFLOP/s")
     print(

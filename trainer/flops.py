@@ -14,7 +14,7 @@ BACKWARD_FACTOR = 3
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Forward FLOPs (a multiply-add is two) of one decoder token by part, and of one image tile."""
+    """Forward FLOPs (a multiply-add is two) of one decoder token by part, and of one image tile or window of sound."""
 
     attention_projections: float
     """Query, key, value and output projections."""
@@ -32,10 +32,12 @@ class FlopsPerToken:
     """Output head; reading the embedding table is free."""
     vision_per_tile: float
     """Vision encoder, adapter and projector, for one tile; 0 without a vision encoder."""
+    audio_per_window: float
+    """Audio encoder and projector, for one full window; 0 without an audio encoder."""
 
     @property
     def forward(self) -> float:
-        """Forward FLOPs of a token, tiles aside."""
+        """Forward FLOPs of a token, tiles and sound aside."""
         return (
             self.attention_projections
             + self.attention_scores
@@ -48,7 +50,7 @@ class FlopsPerToken:
 
     @property
     def training(self) -> float:
-        """Forward and backward FLOPs of a token, tiles aside."""
+        """Forward and backward FLOPs of a token, tiles and sound aside."""
         return BACKWARD_FACTOR * self.forward
 
     @property
@@ -56,16 +58,25 @@ class FlopsPerToken:
         """Forward and backward FLOPs of an image tile."""
         return BACKWARD_FACTOR * self.vision_per_tile
 
-    def training_step(self, tokens: float, tiles: float) -> float:
-        """FLOPs of a training step that holds this many useful tokens and tiles (padding of either kind earns nothing)."""
-        return tokens * self.training + tiles * self.training_per_tile
+    @property
+    def training_per_window(self) -> float:
+        """Forward and backward FLOPs of a window of sound."""
+        return BACKWARD_FACTOR * self.audio_per_window
+
+    def training_step(self, tokens: float, tiles: float, windows: float = 0) -> float:
+        """FLOPs of a training step that holds this many useful tokens, tiles and windows of sound.
+
+        Empty ones of either kind earn nothing; a window that a clip fills in part counts in full.
+        """
+        return tokens * self.training + tiles * self.training_per_tile + windows * self.training_per_window
 
     @property
     def formula(self) -> str:
         """How model FLOP utilisation is computed, for printing beside the number."""
-        tiles = f" + tiles/s x {self.training_per_tile:.4g}" if self.vision_per_tile else ""
+        media = f" + tiles/s x {self.training_per_tile:.4g}" if self.vision_per_tile else ""
+        media += f" + audio windows/s x {self.training_per_window:.4g}" if self.audio_per_window else ""
         return (
-            f"MFU = (tokens/s x {self.training:.4g}{tiles}) / peak FLOP/s; "
+            f"MFU = (tokens/s x {self.training:.4g}{media}) / peak FLOP/s; "
             "FLOPs = 3 x forward, 2 per multiply-add of the weights in use (top-k and shared experts, head; no "
             "embedding lookup) and of attention over the mean causal context; no padding, no recomputation"
         )
@@ -101,6 +112,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> FlopsPerToken:
         router=moe * 2 * D * model.num_experts,
         head=2 * D * model.vocab_size,
         vision_per_tile=_vision_flops(model),
+        audio_per_window=_audio_flops(model),
     )
 
 
@@ -117,6 +129,16 @@ def _vision_flops(model: ModelConfig) -> float:
     return 2.0 * (embed + vision.num_layers * layer + vision.tokens_per_tile * adapter)
 
 
+def _audio_flops(model: ModelConfig) -> float:
+    audio = model.audio
+    if audio is None:
+        return 0.0
+    W, F, P, L = audio.hidden_size, audio.ffn_size, audio.tokens_per_window, audio.window_frames
+    convolutions = 3 * W * (L // 2 * audio.mel_bins + L // 4 * W + L // 8 * W)
+    layer = P * (4 * W * W + 2 * W * F) + 2 * P * P * W
+    return 2.0 * (convolutions + audio.num_layers * layer + P * W * model.hidden_size)
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Weights of the model by part."""
@@ -130,11 +152,15 @@ class ParameterCounts:
     head: int
     """0 when the embedding table is also the head."""
     norms: int
-    """Of the decoder; the vision encoder's own are in `vision`."""
+    """Of the decoder; the encoders' own are in `vision` and `audio`."""
     vision: int
     """Encoder and adapter."""
     projector: int
     """From the adapter's features to the decoder's width."""
+    audio: int
+    """Audio encoder."""
+    audio_projector: int
+    """From the audio encoder's features to the decoder's width."""
     active: int
     """Text weights that a token uses: all but the routed experts that it does not visit; the embedding table counts."""
 
@@ -155,7 +181,7 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """All weights."""
-        return self.text + self.vision + self.projector
+        return self.text + self.vision + self.projector + self.audio + self.audio_projector
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
@@ -176,7 +202,16 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     }
     active = sum(counts.values()) + moe * model.experts_per_token * expert
     vision, projector = _vision_parameters(model)
-    return ParameterCounts(routed_experts=routed, **counts, vision=vision, projector=projector, active=active)
+    audio, audio_projector = _audio_parameters(model)
+    return ParameterCounts(
+        routed_experts=routed,
+        **counts,
+        vision=vision,
+        projector=projector,
+        audio=audio,
+        audio_projector=audio_projector,
+        active=active,
+    )
 
 
 def _vision_parameters(model: ModelConfig) -> tuple[int, int]:
@@ -186,6 +221,22 @@ def _vision_parameters(model: ModelConfig) -> tuple[int, int]:
     D, F, A = vision.hidden_size, vision.ffn_size, vision.adapter_size
     positions = vision.patches_per_side**2 + 1
     embed = 3 * vision.patch_size**2 * D + D + positions * D + 2 * 2 * D  # patches, class, positions, two layer norms
-    layer = 4 * (D * D + D) + (D * F + F) + (F * D + D) + 2 * 2 * D
+    layer = _encoder_layer(D, F)
     adapter = D * vision.shuffle**2 * A + A * A
     return embed + vision.num_layers * layer + adapter, A * model.hidden_size
+
+
+def _audio_parameters(model: ModelConfig) -> tuple[int, int]:
+    audio = model.audio
+    if audio is None:
+        return 0, 0
+    W = audio.hidden_size
+    convolutions = 3 * W * (audio.mel_bins + W + W) + 3 * W
+    own = convolutions + audio.tokens_per_window * W + 2 * W  # positions, last norm
+    layer = _encoder_layer(W, audio.ffn_size) - W  # keys without bias
+    return own + audio.num_layers * layer, W * model.hidden_size
+
+
+def _encoder_layer(W: int, F: int) -> int:
+    """Weights of a block of an encoder."""
+    return 4 * (W * W + W) + (W * F + F) + (F * W + W) + 2 * 2 * W

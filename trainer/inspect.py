@@ -29,7 +29,10 @@ CACHE_BYTES = 2
 """Bytes of a cached key or value: bfloat16."""
 
 QUANTISED = ("routed_experts", "shared_experts", "dense_ffn", "attention")
-"""Parts that servers quantise; router, norms, embedding, head and vision usually stay as they are."""
+"""Parts that servers quantise; router, norms, embedding, head and encoders usually stay as they are."""
+
+MEDIA_PARTS = ("vision", "projector", "audio", "audio_projector")
+"""Parts that text does not use."""
 
 GROUP = 128
 """Quantised weights that share one bfloat16 scale."""
@@ -82,6 +85,10 @@ def part_of(path: tuple[str | int, ...]) -> str:
             return "vision"
         case ("projector",):
             return "projector"
+        case ("audio", *_):
+            return "audio"
+        case ("audio_projector",):
+            return "audio_projector"
     raise ValueError(f"the weight {'.'.join(map(str, path))} belongs to no part of the model that is counted")
 
 
@@ -92,7 +99,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     parts = Counter({field.name: 0 for field in fields(ParameterCounts)})
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         parts[part_of(tuple(step.key for step in path))] += math.prod(leaf.shape)
-    text = sum(parts.values()) - parts["vision"] - parts["projector"]
+    text = sum(count for name, count in parts.items() if name not in MEDIA_PARTS)
     visited = parts["routed_experts"] // model.num_experts * model.experts_per_token
     parts["active"] = text - parts["routed_experts"] + visited
     return ParameterCounts(**parts)
@@ -116,7 +123,7 @@ def inspect_model(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
-    kinds, vision = model.layer_kinds(), model.vision
+    kinds, vision, audio = model.layer_kinds(), model.vision, model.audio
     shape = {
         "layers": len(kinds),
         "moe_layers": sum(kind.moe for kind in kinds),
@@ -126,6 +133,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
         "experts_per_token": model.experts_per_token,
         "chunk_size": model.chunk_size,
         "vision": None,
+        "audio": None,
     }
     if vision:
         shape["vision"] = {
@@ -134,19 +142,27 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
             "image_size": vision.image_size,
             "tokens_per_tile": vision.tokens_per_tile,
         }
+    if audio:
+        shape["audio"] = {
+            "layers": audio.num_layers,
+            "hidden_size": audio.hidden_size,
+            "window_frames": audio.window_frames,
+            "tokens_per_window": audio.tokens_per_window,
+        }
     return shape
 
 
 def _flops(model: ModelConfig, sequence_length: int) -> dict[str, Any]:
     flops = flops_per_token(model, sequence_length)
     parts = asdict(flops)
-    tile = parts.pop("vision_per_tile")
+    tile, window = parts.pop("vision_per_tile"), parts.pop("audio_per_window")
     return {
         "sequence_length": sequence_length,
         "forward": parts | {"total": flops.forward},
         "training": flops.training,
         "formula": _formula(model, flops),
         "image_tile": {"forward": tile, "training": flops.training_per_tile} if model.vision else None,
+        "audio_window": {"forward": window, "training": flops.training_per_window} if model.audio else None,
         "by_length": [
             {
                 "tokens": length,
@@ -243,6 +259,8 @@ PARTS = (
     ("text", "text"),
     ("vision", "vision encoder"),
     ("projector", "projector"),
+    ("audio", "audio encoder"),
+    ("audio_projector", "audio projector"),
     ("total", "total"),
 )
 """Rows of the first table: keys of the facts, and how they are called."""
@@ -289,13 +307,18 @@ def _sentence(model: Mapping[str, Any]) -> str:
     attention = [f"{rope} attend within chunks of {model['chunk_size']:,}"] if rope else []
     attention += [f"{layers - rope} attend globally"] if rope < layers else []
     text = f"{layers} layers of width {model['hidden_size']:,}: {', '.join(kinds)}; {', '.join(attention)}"
-    vision = model["vision"]
-    if vision is None:
-        return f"{text}; text only"
-    return (
-        f"{text}; vision encoder of {vision['layers']} layers of width {vision['hidden_size']:,}, a tile of "
-        f"{vision['image_size']} px is {vision['tokens_per_tile']} tokens"
-    )
+    vision, audio = model["vision"], model["audio"]
+    if vision:
+        text += (
+            f"; vision encoder of {vision['layers']} layers of width {vision['hidden_size']:,}, a tile of "
+            f"{vision['image_size']} px is {vision['tokens_per_tile']} tokens"
+        )
+    if audio:
+        text += (
+            f"; audio encoder of {audio['layers']} layers of width {audio['hidden_size']:,}, a window of "
+            f"{audio['window_frames']} frames is {audio['tokens_per_window']} tokens"
+        )
+    return text if vision or audio else f"{text}; text only"
 
 
 def _table(*headings: str) -> Table:
@@ -319,9 +342,9 @@ def _parts_table(facts: Mapping[str, Any]) -> Table:
     table = _table("part", "parameters", "share", "active per token", "forward per token")
     for name, label in PARTS:
         parameters, flop = counts[name], cost.get(name, 0)
-        if not (parameters or flop) or (name == "total" and model["vision"] is None):
+        if not (parameters or flop) or (name == "total" and not (model["vision"] or model["audio"])):
             continue
-        per_token = name not in ("vision", "projector", "total")
+        per_token = name not in (*MEDIA_PARTS, "total")
         table.add_row(
             label,
             _count(parameters) if parameters else "tied",
@@ -336,14 +359,15 @@ def _parts_table(facts: Mapping[str, Any]) -> Table:
 
 
 def _parts_notes(facts: Mapping[str, Any]) -> list[str]:
-    flops, tile = facts["flops"], facts["flops"]["image_tile"]
+    flops = facts["flops"]
     notes = [
         "Active: all text weights but the routed experts that a token does not visit; the embedding table counts.",
         f"FLOPs: of a token in a document of {flops['sequence_length']:,}. {flops['formula']}",
     ]
-    if tile:
-        forward, training = compact(tile["forward"], "FLOP"), compact(tile["training"], "FLOP")
-        notes.append(f"An image tile costs {forward} forward and {training} in training, its tokens not included.")
+    for what, cost in (("An image tile", flops["image_tile"]), ("A window of sound", flops["audio_window"])):
+        if cost:
+            forward, training = compact(cost["forward"], "FLOP"), compact(cost["training"], "FLOP")
+            notes.append(f"{what} costs {forward} forward and {training} in training, its tokens not included.")
     return notes
 
 

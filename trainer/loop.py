@@ -266,7 +266,7 @@ class Run:
                 if not values[f"targets/{name}"]:  # the batch has nothing of this source
                     del values[f"loss/{name}"]
             tokens, tiles = float(values["tokens"]), float(values["tiles"])
-            flops = self.flops.training_step(tokens, tiles)
+            flops = self.flops.training_step(tokens, tiles, float(values.get("audio_windows", 0)))
             clock = {
                 "time/step": seconds,
                 "time/tokens_per_s": tokens / seconds,

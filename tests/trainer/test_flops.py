@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import ModelConfig, RopeScaling, VisionConfig
+from model.config import AudioConfig, ModelConfig, RopeScaling, VisionConfig
 from trainer.flops import flops_per_token, mean_context, parameter_counts
 
 SCOUT = ModelConfig(vision=VisionConfig(), rope_scaling=RopeScaling())
@@ -103,6 +103,19 @@ def test_a_tile_costs_two_flops_per_weight_and_patch_plus_attention():
     assert flops.vision_per_tile == 2 * (embed + blocks + adapter)
     assert flops.training_step(tokens=10, tiles=3) == 3 * (10 * flops.forward + 3 * flops.vision_per_tile)
     assert flops_per_token(replace(model, vision=None), 16).training_step(10, 3) == 30 * flops.forward
+
+
+def test_a_window_of_sound_costs_two_flops_per_weight_and_output_plus_attention():
+    audio = AudioConfig(mel_bins=5, window_frames=32, hidden_size=6, num_layers=3, num_heads=2, ffn_size=7)
+    model = ModelConfig(hidden_size=10, audio=audio)
+    convolutions = 16 * 3 * 5 * 6 + 8 * 3 * 6 * 6 + 4 * 3 * 6 * 6
+    blocks = 3 * (4 * (4 * 36 + 2 * 42) + 2 * 4 * 4 * 6)
+    flops = flops_per_token(model, 16)
+    assert flops.audio_per_window == 2 * (convolutions + blocks + 4 * 6 * 10)
+    assert flops.training_step(10, 0, windows=3) == 3 * (10 * flops.forward + 3 * flops.audio_per_window)
+    assert f"audio windows/s x {flops.training_per_window:.4g}" in flops.formula
+    assert replace(flops, audio_per_window=0.0) == flops_per_token(replace(model, audio=None), 16)
+    assert "audio" not in flops_per_token(SCOUT, 8192).formula
 
 
 def test_the_formula_states_its_own_numbers():

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from configs import behemoth, maverick, scout, tiny
-from model.config import ModelConfig, VisionConfig
+from model.config import AudioConfig, ModelConfig, VisionConfig
 from tests.configs.regenerate import ROOT
 from trainer import inspect
 from trainer.config import RunConfig
@@ -38,6 +38,8 @@ ODD = {
     "small": SMALL,
     "tied": replace(SMALL, tie_embeddings=True),
     "text-only": replace(SMALL, vision=None),
+    "with ears": replace(SMALL, audio=AudioConfig(mel_bins=5, hidden_size=24, num_layers=3, ffn_size=40)),
+    "ears alone": replace(SMALL, vision=None, audio=AudioConfig(num_layers=1)),
     "dense only": replace(SMALL, moe_layer_step=0, vision=None),
     "top-2": replace(SMALL, experts_per_token=2),
     "every expert": replace(SMALL, experts_per_token=5),
@@ -249,6 +251,8 @@ def test_odd_models_are_shown_too(name):
     model = ODD[name]
     text = render(inspect_model(model, 64), name)
     assert ("vision encoder" in text) == (model.vision is not None)
+    assert ("audio encoder" in text) == ("A window of sound costs" in text) == (model.audio is not None)
+    assert ("text only" in " ".join(text.split())) == (model.vision is None and model.audio is None)
     assert ("tied" in text.split(name, 1)[1]) == model.tie_embeddings
     assert ("experts (top" in text) == any(kind.moe for kind in model.layer_kinds())
     assert max(map(len, text.splitlines())) <= 100
