@@ -99,6 +99,11 @@ def _check(stored: Stored, run: RunConfig, path: Path) -> None:
             "experts by router logits plus a bias. Hugging Face's Llama 4 has no such bias; an export would be another "
             "model. Train without it to export."
         )
+    if run.model.audio:
+        raise UserError(
+            f"checkpoint {path}: has an audio encoder (model.audio). Hugging Face's Llama 4 has no place for one; an export "
+            "would be another model. Train with model.audio=none to export."
+        )
     vision = run.model.vision
     if vision and vision.ffn_size != vision.hidden_size * vision.shuffle**2:
         raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import cli
+from model.config import AudioConfig
 from sharding.errors import UserError
 from tests.trainer.hf.checkpoints import GOLDEN, MODELS, tensors_of, write
 from tests.trainer.saved_run import micro, save_run
@@ -303,6 +304,9 @@ def test_an_export_that_would_be_another_model_is_refused(tmp_path: Path) -> Non
     save_run(tmp_path / "narrow", micro(vision=narrow))
     with pytest.raises(UserError, match=r"model\.vision\.ffn_size=32.* = 64; it cannot hold another"):
         export_checkpoint(tmp_path / "narrow", tmp_path / "hf", None, 10**9, lambda _: None)
+    save_run(tmp_path / "ears", micro(audio=AudioConfig(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)))
+    with pytest.raises(UserError, match=r"has an audio encoder \(model\.audio\).* no place for one"):
+        export_checkpoint(tmp_path / "ears", tmp_path / "hf", None, 10**9, lambda _: None)
     assert not (tmp_path / "hf").exists()
 
 
