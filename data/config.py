@@ -30,16 +30,21 @@ class AudioSpec:
     """How sound becomes windows and tokens (not an option: derived from `model.audio`)."""
 
     mel_bins: int
-    frames_per_window: int  # log-mel frames of one window (10 ms each)
-    tokens_per_window: int  # frames_per_window / stride (stride 8: 80 ms a token)
+    """Mel bins of a frame."""
+    frames_per_window: int
+    """Log-mel frames of one window, 10 ms each."""
+    tokens_per_window: int
+    """Tokens that stand for one full window in the sequence; each for 80 ms."""
 
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """How a clip becomes frames (from DataConfig)."""
+    """How a clip becomes frames (not an option: derived from `DataConfig`)."""
 
     frames_per_second: float
+    """Frames taken of each second."""
     max_frames: int
+    """Frames taken of one clip at most; of a longer one they are further apart."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from data.config import DataConfig, ImageSpec, MediaSpec, VideoSpec
+from data.config import AudioSpec, DataConfig, ImageSpec, MediaSpec, VideoSpec
 from data.mixture import names
 from model.config import ModelConfig
 from sharding.config import MeshConfig
@@ -146,9 +146,15 @@ class RunConfig:
         return ImageSpec(vision.image_size, vision.tokens_per_tile, data.max_tiles, data.resize_to_max_canvas)
 
     @property
+    def audio_spec(self) -> AudioSpec | None:
+        """How sound becomes windows and tokens; None without an audio encoder."""
+        audio = self.model.audio
+        return AudioSpec(audio.mel_bins, audio.window_frames, audio.tokens_per_window) if audio else None
+
+    @property
     def media(self) -> MediaSpec:
         """How files of each kind become tokens."""
-        return MediaSpec(self.image_spec, VideoSpec(self.data.video_fps, self.data.video_frames))
+        return MediaSpec(self.image_spec, VideoSpec(self.data.video_fps, self.data.video_frames), self.audio_spec)
 
     def problems(self) -> Iterator[Problem]:
         """Conflicts between sections; each section names its own."""

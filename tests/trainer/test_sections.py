@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.config import DataConfig
-from model.config import ModelConfig, RopeScaling, VisionConfig
+from data.config import AudioSpec, DataConfig
+from model.config import AudioConfig, ModelConfig, RopeScaling, VisionConfig
 from sharding.errors import UserError
 from trainer.config import OptimizerConfig, RunConfig
 from trainer.options import annotations, documentation, expected, members, option_names, section_classes, smallest
@@ -211,6 +211,14 @@ def test_wrong_types_in_a_config_file_are_named():
         ({"model.norm_eps": "0"}, "model.norm_eps: found 0.0, expected more than 0"),
         ({"model.vision.rope_theta": "1"}, "model.vision.rope_theta: found 1.0, expected more than 1"),
         (
+            {"model.audio": "{'window_frames': 100}"},
+            "model.audio.window_frames: found 100, expected a multiple of 8, the frames of a token",
+        ),
+        (
+            {"model.audio": "{'hidden_size': 64, 'num_heads': 5}"},
+            "model.audio.num_heads: found 5, expected a divisor of hidden_size=64",
+        ),
+        (
             {"model.rope_scaling": "{'factor': 0.5}"},
             "model.rope_scaling.factor: found 0.5, expected 1 or more",
         ),
@@ -253,6 +261,12 @@ def test_both_factors_of_the_frequency_scaling_are_above_zero():
         f"model.rope_scaling.{name}: found 0.0, expected more than 0"
         for name in ("low_freq_factor", "high_freq_factor")
     ]
+
+
+def test_how_sound_becomes_tokens_is_the_audio_encoders_affair():
+    assert RUN.audio_spec is None
+    heard = dataclasses.replace(RUN, model=ModelConfig(audio=AudioConfig(mel_bins=64, window_frames=96)))
+    assert heard.audio_spec == AudioSpec(mel_bins=64, frames_per_window=96, tokens_per_window=12)
 
 
 def test_the_whole_rest_of_a_run_may_be_decay():
@@ -371,8 +385,8 @@ def options(text: str) -> list[str]:
 def test_render_shows_every_option_its_meaning_and_what_differs():
     text = render(changed(optimizer__peak_lr="0.5"))
     names = [line.split(" = ")[0] for line in options(text)]
-    absent = {name for name in option_names() if name.startswith("model.rope_scaling.")}
-    assert set(names) == set(option_names()) - absent | {"model.rope_scaling"}
+    absent = {name for name in option_names() if name.startswith(("model.rope_scaling.", "model.audio."))}
+    assert set(names) == set(option_names()) - absent | {"model.rope_scaling", "model.audio"}
     assert "* optimizer.peak_lr = 0.5  (default 0.0003)\n        Learning rate at the end of the warmup.\n" in text
     assert "\n  optimizer.beta1 = 0.9\n" in text
     assert "# model.vision: The vision encoder: one ViT per square tile" in text

@@ -137,7 +137,7 @@ def test_what_was_trained_on_from_an_import_says_its_own_precision(tmp_path: Pat
     checkpoints = Checkpoints(RunDirectory(tmp_path / "run").checkpoints, CheckpointConfig())
     run, metadata = checkpoints.run(0), checkpoints.metadata(0)
     del metadata["imported_from"]
-    state, _ = initialise(run, Skeleton(run.model), checkpoints, "data", "tokenizer")
+    state, _ = initialise(run, Skeleton(run.model), checkpoints, DATA, "tokenizer")
     checkpoints.save(dataclasses.replace(state, step=state.step + 3), metadata)
     checkpoints.wait()
     export_checkpoint(tmp_path / "run", tmp_path / "trained", None, 10**9, lambda _: None)
@@ -189,7 +189,7 @@ def test_a_run_starts_from_imported_weights_in_its_own_precision(tmp_path: Path)
     own = Checkpoints(RunDirectory(tmp_path / "run").checkpoints)
     origins = []
     for config, checkpoints in ((from_run, empty), (from_hf, empty), (run, own)):
-        state, origin = initialise(config, Skeleton(config.model), checkpoints, "data", "tokenizer")
+        state, origin = initialise(config, Skeleton(config.model), checkpoints, DATA, "tokenizer")
         origins.append(origin)
         again = to_hf(jax.device_get(state.params), model)
         for name, tensor in rounded.items():
@@ -217,7 +217,7 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused(tmp_path: Path) -
         (InitConfig(), own),
     ):
         with pytest.raises(UserError, match=r"found another\. Set data\.tokenizer to"):
-            initialise(dataclasses.replace(run, init=init), Skeleton(run.model), checkpoints, "data", "another")
+            initialise(dataclasses.replace(run, init=init), Skeleton(run.model), checkpoints, DATA, "another")
 
 
 def test_weights_fill_the_parts_that_devices_ask_for(tmp_path: Path) -> None:
