@@ -69,7 +69,7 @@ def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles, windo
         left -= set(row)
 
 
-def small_packing(sizes, shares, window=16, seed=0, **options: Any) -> tuple[Packing, list[np.ndarray]]:
+def small_packing(sizes, shares: Any, window=16, seed=0, **options: Any) -> tuple[Packing, list[np.ndarray]]:
     rng = np.random.default_rng(1)
     lengths = [rng.integers(5, 60, size) for size in sizes]
     tiles = [rng.integers(0, 3, size) for size in sizes]

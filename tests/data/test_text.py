@@ -114,7 +114,7 @@ def test_a_warm_start_notes_the_same_as_a_cold_one(library, monkeypatch, tmp_pat
     }
     for _ in range(2):
         for held_out, notes in expected.items():
-            (source,) = load_sources(config, MediaSpec(), held_out, tokenizer, lambda told: None)
+            (source,) = load_sources(config, MediaSpec(), held_out, tokenizer, ["text"], lambda told: None)
             assert source.notes == notes
         monkeypatch.setattr("data.sources.cut", lambda *_: pytest.fail("listed again"))
         monkeypatch.setattr("data.prepare._prepare_unit", lambda *_: pytest.fail("prepared again"))
@@ -123,7 +123,7 @@ def test_a_warm_start_notes_the_same_as_a_cold_one(library, monkeypatch, tmp_pat
 @pytest.mark.parametrize(("length", "held_out"), [(256, False), (40, True)])
 def test_documents_put_together_are_the_files(config, media, dataset, length, held_out):
     small = dataclasses.replace(config, sequence_length=length, mixture={"text": 1.0})
-    (source,) = load_sources(small, media, held_out, dataset.tokenizer, lambda told: None)
+    (source,) = load_sources(small, media, held_out, dataset.tokenizer, ["text"], lambda told: None)
     special = dataset.tokenizer.special
     assert source.lengths.max() <= length
     files, current = [], []

@@ -147,7 +147,7 @@ class Failing(Dataset):
     error: Exception = UserError("data.scenes: the third batch is broken. Mend it.")
 
     def __reduce__(self):
-        return type(self), (self.config, self.media, self._held_out)
+        return type(self), self._again
 
     def batch(self, n, rows=None):
         if n == 2:

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.environment.prepare", lambda verbose: None)  # it changes the process for good
+
+
 DATA = {"data_digest": "data", "source_digests": {}}
 
 
