@@ -10,7 +10,6 @@
 
 import base64
 import binascii
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,12 +25,17 @@ FIELDS = (*FORMS, *MEDIA, "id", "source", "split", "metadata")
 SPLITS = ("train", "heldout")
 LONGEST_NAME = 512
 """Characters of an id or a source."""
+LARGEST_WEIGHT = 1e6
+_LONGEST_REASON = 500
 
 
 class Rejected(Exception):
     """A record that cannot be used: by which rule, and why."""
 
     def __init__(self, rule: str, reason: str):
+        # It may quote a name: of any length, and with bytes that no file of UTF-8 could hold.
+        reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
+        reason = reason.encode("utf-8", "backslashreplace").decode()
         super().__init__(reason)
         self.rule, self.reason = rule, reason
 
@@ -101,22 +105,23 @@ def parse(record: Any, default_id: str) -> Document:
     with_role = [part.role is not None for part in parts]
     if any(with_role) and not all(with_role):
         raise Rejected("schema", f"parts[{with_role.index(False)}].role: missing, expected one in all parts or in none")
-    if not any(part.text.strip() or part.kind != "text" for part in parts):
-        raise Rejected("empty", "found no text but blanks, and no files")
-    split = record.get("split") or ""
+    split = "" if record.get("split") is None else record["split"]
     if split not in ("", *SPLITS):
         raise _wrong("split", split, f"one of {', '.join(SPLITS)}")
-    metadata = record.get("metadata") or {}
+    metadata = {} if record.get("metadata") is None else record["metadata"]
     if not isinstance(metadata, Mapping):
         raise _wrong("metadata", metadata, "an object")
     others = {name: value for name, value in record.items() if name not in FIELDS}
-    return Document(
+    document = Document(
         id=_name(record.get("id"), "id") or default_id,
         parts=parts,
         source=_name(record.get("source"), "source"),
         split=split,
         metadata={**others, **metadata} or None,
     )
+    if not any(part.text.strip() or part.kind != "text" for part in parts):
+        raise Rejected("empty", "found no text but blanks, and no files")
+    return document
 
 
 def with_files(document: Document, read: Callable[[str], bytes]) -> Document:
@@ -145,8 +150,9 @@ def _beside(kind: Kind, value: Any) -> list[Part]:
 
 def _message(message: Any, i: int) -> list[Part]:
     name = f"messages[{i}]"
-    if not isinstance(message, Mapping) or message.keys() - {"role", "content", "weight"}:
+    if not isinstance(message, Mapping):
         raise _wrong(name, message, "an object with role and content")
+    _present(message, {"role", "content", "weight"}, name)
     role, weight = _role(message.get("role"), f"{name}.role"), _weight(message.get("weight"), f"{name}.weight")
     if role is None:
         raise _wrong(f"{name}.role", None, f"one of {', '.join(ROLES)}")
@@ -166,10 +172,7 @@ def _part(part: Any, name: str, with_role: bool) -> Part:
         found = kind if isinstance(part, Mapping) else part
         raise _wrong(f"{name}.type" if isinstance(part, Mapping) else name, found, f"one of text, {', '.join(MEDIA)}")
     known = {"type", *(("text", "weight") if kind == "text" else ("path", "data")), *(("role",) if with_role else ())}
-    # What a table leaves empty in a column is not there.
-    present = {key for key, value in part.items() if value is not None}
-    if unknown := sorted(map(str, present - known)):
-        raise Rejected("schema", f"{name}: found the unknown field {unknown[0]}, expected of {sorted(known)}")
+    present = _present(part, known, name)
     role = _role(part.get("role"), f"{name}.role")
     if kind == "text":
         text = _string(part.get("text"), f"{name}.text")
@@ -184,10 +187,20 @@ def _part(part: Any, name: str, with_role: bool) -> Part:
     return Part(kind, data=_bytes(part["data"], f"{name}.data"), role=role)
 
 
+def _present(fields: Mapping[str, Any], known: set[str], name: str) -> set[str]:
+    """Names of the fields that are there, all of them known. What a table leaves empty in a column is not there."""
+    present = {key for key, value in fields.items() if value is not None}
+    if unknown := sorted(map(str, present - known)):
+        raise Rejected("schema", f"{name}: found the unknown field {unknown[0]}, expected of {sorted(known)}")
+    return present
+
+
 def _bytes(value: Any, name: str) -> bytes:
     """Bytes as they are in a table, or in base64 as in JSON."""
     if isinstance(value, str):
         try:
+            if len(value) % 4:  # Python takes one = too many
+                raise ValueError
             value = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
             raise Rejected("schema", f"{name}: found no base64") from None
@@ -205,14 +218,16 @@ def _role(value: Any, name: str) -> str | None:
 def _weight(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 and math.isfinite(value)):
-        raise _wrong(name, value, "a number, 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
+        raise _wrong(name, value, f"a number from 0 to {LARGEST_WEIGHT:,.0f}")
     return float(value)
 
 
 def _name(value: Any, name: str) -> str:
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():  # what becomes of whole numbers in a column with gaps
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):  # ids often are numbers
         value = str(value)
     text = _string(value, name)
