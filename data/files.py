@@ -18,6 +18,11 @@ EXTENSIONS: dict[Kind, tuple[str, ...]] = {
 MB = 10**6
 
 
+def shown(name: str) -> str:
+    """The name of a file as text; bytes in it that are no UTF-8, as \\xff."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def kind_of(name: str) -> Kind | None:
     """The kind of a file by its name; None where no kind ends so."""
     extension = os.path.splitext(name)[1].lower()
@@ -32,7 +37,7 @@ def read_within(folder: Path, path: str, most: int) -> bytes:
     Raises:
         Rejected: the path leaves the folder or goes through a link, there is no such file, or it is too large.
     """
-    if "://" in path:
+    if "://" in path or path.startswith("data:"):
         raise Rejected("path", f"{path}: found an address, expected the path of a file. Download it first.")
     names = Path(path).parts
     if Path(path).is_absolute() or ".." in names or "\0" in path:
@@ -52,13 +57,17 @@ def read_within(folder: Path, path: str, most: int) -> bytes:
 
 def read_file(file: Path, name: str, most: int) -> bytes:
     """The bytes of a regular file, not through a link in its last place; `Rejected` where it is none or too large."""
-    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
-        status = os.fstat(opened.fileno())
-        if not stat.S_ISREG(status.st_mode):
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):  # open() would refuse a folder, and leave it open
             raise Rejected("file type", f"{name}: is no regular file")
         if status.st_size > most:
             raise too_large(name, status.st_size, most)
-        return opened.read(most + 1)
+        with open(descriptor, "rb", closefd=False) as opened:
+            return opened.read(most + 1)
+    finally:
+        os.close(descriptor)
 
 
 def too_large(name: str, found: int, most: int) -> Rejected:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from data.documents import FORMS, MEDIA, Document, Rejected, parse, with_files
-from data.files import MB, decoded, from_json, kind_of, read_within, too_large
+from data.files import MB, decoded, from_json, kind_of, read_within, shown, too_large
 
 FILES_OF_A_DOCUMENT = 1000
+_LONGEST_PATH = 4096
 _BLOCK = 4 * MB
 _BOMB_RATIO, _BOMB_BYTES = 200, 1000 * MB
 """A compressed file that grows to more than so many times its size, and more than so many bytes, is given up."""
@@ -46,8 +47,7 @@ def from_folder(folder: Path, groups: Sequence[Sequence[str]], label: str, most:
         return lambda left: read_within(folder, name, left)
 
     for group in groups:
-        document = _grouped(os.path.join(label, *stem(group[0])), {name: reader(name) for name in group}, most)
-        yield Group(group[0], document)
+        yield _group({name: reader(name) for name in group}, label, most)
 
 
 def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
@@ -63,28 +63,37 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
             with tarfile.open(fileobj=stream, mode="r:") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # it would keep them all
-                    at = member.name
+                    if len(member.name) > _LONGEST_PATH:
+                        raise tarfile.TarError(f"a name of {len(member.name):,} characters follows")
+                    at = shown(member.name)
                     if member.isdir():
                         continue
                     if group and stem(member.name) != stem(next(iter(group))):
                         yield _group(group, label, most)
                         group, left = {}, most
-                    if len(group) <= FILES_OF_A_DOCUMENT:
+                    if len(group) <= FILES_OF_A_DOCUMENT:  # one more than there may be tells that there are too many
                         data = _member(tar, member, left)
+                        if member.name in group:
+                            data = Rejected("duplicate file", f"{member.name}: is there twice")
                         left -= len(data) if isinstance(data, bytes) else 0
                         group[member.name] = _given(data)
             if stream.last != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.TarError("it ends without the mark of its end, or has bytes that are no header")
+            # A header of zeros looks like the end, too, as does the end of the first of several files in one.
+            while rest := stream.read(_BLOCK):
+                if rest.count(0) != len(rest):
+                    raise tarfile.TarError("more follows the mark of its end")
             if group:
                 yield _group(group, label, most)
-        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
             # What was not finished before may lack a file: it is part of what is lost.
-            yield Group(next(iter(group), at), Rejected("damaged", f"cannot be read from {at} on ({error})"))
+            name = shown(next(iter(group), at))
+            yield Group(name, Rejected("damaged", f"cannot be read from {at} on ({error})"))
 
 
 def _group(group: Mapping[str, Reader], label: str, most: int) -> Group:
     first = next(iter(group))
-    return Group(first, _grouped(os.path.join(label, *stem(first)), group, most))
+    return Group(shown(first), _grouped(shown(os.path.join(label, *stem(first))), group, most))
 
 
 def _given(data: bytes | Rejected) -> Reader:
@@ -115,6 +124,8 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, left: int) -> bytes |
 def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Document | Rejected:
     """The document of files that belong together: by their json file if it is a record, else files, then texts."""
     try:
+        if len(group) > FILES_OF_A_DOCUMENT:
+            raise Rejected("too large", f"found more than {FILES_OF_A_DOCUMENT:,} files of one document")
         contents: dict[str, bytes] = {}
         record: Any = {}
         left = most

@@ -45,7 +45,9 @@ ANYTHING = st.recursive(
 ROLES = st.sampled_from(documents.ROLES)
 WEIGHTS = st.none() | st.floats(0, 1e6) | st.integers(0, 3)
 MEDIA = st.sampled_from(documents.MEDIA)
-FILE = st.text(min_size=1, max_size=5) | st.fixed_dictionaries({"path": st.just("a.png")}, optional={"bytes": st.none()})
+FILE = st.text(min_size=1, max_size=5) | st.fixed_dictionaries(
+    {"path": st.just("a.png")}, optional={"bytes": st.none()}
+)
 FILES = st.none() | FILE | st.fixed_dictionaries({"bytes": BASE64}) | st.lists(FILE, max_size=2)
 NAMES = st.none() | st.text(min_size=1, max_size=5) | st.integers(-5, 10**30) | st.just(7.0)
 
@@ -65,7 +67,7 @@ MESSAGE = st.fixed_dictionaries(
     optional={"weight": WEIGHTS, "tool_calls": st.none()},
 )
 FORMS = st.one_of(
-    st.fixed_dictionaries({"text": TEXT}, optional={kind: FILES for kind in documents.MEDIA}),
+    st.fixed_dictionaries({"text": TEXT}, optional=dict.fromkeys(documents.MEDIA, FILES)),
     st.fixed_dictionaries({"image": FILES}, optional={"audio": FILES, "text": st.none()}),
     st.fixed_dictionaries({"parts": st.lists(parts(st.none()), min_size=1, max_size=3)}),
     st.fixed_dictionaries({"parts": st.lists(parts(ROLES | st.none()), min_size=1, max_size=3)}),
@@ -234,7 +236,10 @@ def test_unknown_fields_of_a_record_are_kept_as_metadata():
         ({"parts": [{"type": "image"}]}, "parts[0]: found the fields type, expected exactly one of path, data"),
         ({"parts": [{"type": "image", "data": ""}]}, "parts[0].data: found an empty bytes"),
         ({"parts": [{"type": "text", "text": "a", "role": "bot"}]}, "parts[0].role: found 'bot', expected one of"),
-        ({"parts": [{"type": "text", "text": "a", "weight": -1}]}, "parts[0].weight: found -1, expected a number from 0"),
+        (
+            {"parts": [{"type": "text", "text": "a", "weight": -1}]},
+            "parts[0].weight: found -1, expected a number from 0",
+        ),
         ({"parts": [{"type": "text", "text": "a", "weight": True}]}, "parts[0].weight: found True"),
         ({"messages": [{"content": "a"}]}, "messages[0].role: found None, expected one of system, user, assistant"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: found None"),
