@@ -15,7 +15,7 @@ from typing import Any
 
 from data import builtin
 from data.documents import Document, Rejected, parse, with_files
-from data.files import MB, from_json, read_within, too_large
+from data.files import MB, from_json, read_within, shown, too_large
 from data.groups import Stream, from_folder, from_tar, stem, unpacking
 from data.units import Format, Found, Unit
 from sharding.errors import UserError
@@ -49,7 +49,7 @@ def plan(sources: Sequence[Path]) -> list[Unit]:
     units: list[Unit] = []
     labels: dict[str, Path] = {}
     for source in sources:
-        label = source.resolve().name
+        label = shown(source.resolve().name)
         if label in labels:
             raise UserError(
                 f"{source}: is named like {labels[label]}, and ids of documents begin with that name. Rename one, or "
@@ -101,7 +101,7 @@ def _plan_folder(folder: Path, label: str) -> Iterator[Unit]:
         ]
     many = sorted(name for name in names if format_of(name))
     for name in many:
-        yield from _plan_file(format_of(name) or "jsonl", folder / name, os.path.join(label, name))
+        yield from _plan_file(format_of(name) or "jsonl", folder / name, os.path.join(label, shown(name)))
     if many:
         return
     names.sort(key=lambda name: (stem(name), name))
@@ -119,6 +119,8 @@ def _raise(error: OSError) -> None:
 def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:
     if path.is_symlink():
         raise UserError(f"{path}: is a symbolic link. Name the file that it leads to as a source of its own.")
+    if not path.is_file():  # a pipe would wait for ever
+        raise UserError(f"{path}: is no regular file, though it is named like one. Rename it or take it away.")
     size = path.stat().st_size
     if found == "jsonl" and path.suffix != ".gz":
         yield from _plan_jsonl(path, label)
@@ -209,9 +211,16 @@ def _read_parquet(unit: Unit, most: int) -> Iterator[Found]:
 
 
 def _row(batch: Any, most: int) -> Any:
+    from pyarrow import ArrowException
+
     if batch.nbytes > most:
         raise too_large("the row", batch.nbytes, most)
-    return batch.to_pylist()[0]
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise Rejected("utf-8", f"found no UTF-8 ({error.reason})") from None
+    except (ArrowException, ValueError, OverflowError) as error:  # a date beyond those of Python
+        raise Rejected("schema", f"the row holds a value that cannot be read ({error})") from None
 
 
 def _document(record: Callable[[], Any], default_id: str, beside: Path, most: int) -> Document | Rejected:
@@ -228,5 +237,3 @@ def _document(record: Callable[[], Any], default_id: str, beside: Path, most: in
         return with_files(parse(record(), default_id), read_part)
     except Rejected as rejected:
         return rejected
-    except UnicodeDecodeError as error:  # of a text column
-        return Rejected("utf-8", f"found no UTF-8 ({error.reason})")
