@@ -1,6 +1,7 @@
 """Rules that a document must meet, and changes to its texts, by name. Users bring their own as a classifier."""
 
 import importlib.util
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -98,11 +99,23 @@ def transformed(document: Document, names: tuple[str, ...]) -> Document:
 def check(
     document: Document, entry: Entry, filters: tuple[tuple[str, float], ...], classify: Classifier | None
 ) -> None:
-    """Raises `Rejected` with the first rule that refuses the document."""
+    """Raises `Rejected` with the first rule that refuses the document, `UserError` where the classifier fails."""
     for name, limit in filters:
         if reason := FILTERS[name](document, entry, limit):
             raise Rejected(name, f"{reason}, refused by {name}={limit:g}")
-    if classify and (reason := classify(document)):
+    if not classify:
+        return
+    try:
+        reason = classify(document)
+    except Rejected:
+        raise
+    except (Exception, SystemExit) as error:
+        # It says nothing of the document, and dropping documents for a mistake in the code would change the data.
+        raise UserError(
+            f"--classifier: fails on {document.id!r} ({type(error).__name__}: {error}). Let it return why a document is "
+            "refused, or None."
+        ) from error
+    if reason:
         raise Rejected("classifier", str(reason))
 
 
@@ -115,13 +128,13 @@ def load_classifier(written: str) -> Classifier:
     path, _, name = written.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"--classifier: found {written!r}, expected FILE.py:FUNCTION; there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location("classifier", path)
+    spec = importlib.util.spec_from_file_location("_drover_classifier", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--classifier: {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--classifier: {path} fails when it is run ({type(error).__name__}: {error})") from error
     function = getattr(module, name, None)
     if not callable(function):
