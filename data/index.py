@@ -19,6 +19,8 @@ from sharding.errors import UserError
 
 FORMAT = 1
 """Of a prepared data set; another one cannot be read."""
+_OF_FILES = ("kinds", "places", "facts")
+"""Arrays of the index with an entry for each file; the others have one for each document."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Part:
         beside = folder / f".{i:06d}.npz"
         with beside.open("wb") as file:
             np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(folder / f"{i:06d}.npz")
 
     @staticmethod
@@ -214,8 +218,17 @@ class Index:
                 arrays[field.name] = np.load(
                     path, mmap_mode="r" if path.stat().st_size > 128 else None, allow_pickle=False
                 )
-            except (OSError, ValueError, EOFError) as error:
+            except Exception as error:  # of NumPy, of zipfile: whatever damaged bytes lead to
                 raise UserError(f"{path}: is missing or damaged ({error}). Prepare the data again.") from error
+        documents = len(arrays["tokens"])
+        files = int(arrays["file_starts"][-1]) if len(arrays["file_starts"]) else 0
+        for name, array in arrays.items():
+            expected = files if name in _OF_FILES else documents + (name == "file_starts")
+            if len(array) != expected:
+                raise UserError(
+                    f"{folder / name}.npy: found {len(array):,} entries, expected {expected:,}. Copy it again, or prepare "
+                    "the data again."
+                )
         return cls(**arrays, names=tuple(names))
 
 

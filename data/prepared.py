@@ -30,7 +30,7 @@ class Prepared:
         path = folder / "dataset.json"
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            found, names, dtype = facts["format"], facts["names"], facts["token_dtype"]
+            found, names, dtype, written = (facts[name] for name in ("format", "names", "token_dtype", "written"))
         except FileNotFoundError:
             if (folder / "unfinished").exists():
                 raise UserError(
@@ -42,10 +42,8 @@ class Prepared:
         if found != FORMAT:
             raise UserError(f"{path}: found format {found}, expected {FORMAT}. Prepare the data again.")
         index = Index.open(folder / "index", names)
-        if len(index) != facts["written"]:
-            raise UserError(
-                f"{folder}: found {len(index)} documents in the index, expected {facts['written']}. Copy it again."
-            )
+        if len(index) != written:
+            raise UserError(f"{folder}: found {len(index)} documents in the index, expected {written}. Copy it again.")
         return cls(folder, facts, index, Shards(folder / "shards", dtype))
 
     def __reduce__(self):

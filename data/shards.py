@@ -1,5 +1,6 @@
 """Records by shard and place, from ArrayRecord files that are opened when they are first read."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -49,7 +50,8 @@ class Shards:
 
     def close(self) -> None:
         for reader in self._readers.values():
-            reader.close()
+            with contextlib.suppress(RuntimeError):  # of a damaged shard, which reading has told of
+                reader.close()
         self._readers.clear()
 
     def _reader(self, shard: int) -> Any:
