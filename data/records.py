@@ -5,7 +5,10 @@ maker of the data said of it. Files are kept as they came; how they become tiles
 configuration of a run, from the facts in the index.
 """
 
+import datetime
+import decimal
 import hashlib
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ import numpy as np
 from data.audio import read_audio
 from data.chat import Message, chat_pieces
 from data.documents import MEDIA, Document, Kind, Part, Rejected
+from data.files import MB
 from data.images import read_image
 from data.sequence import End, Piece, Text, Token, encode
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
@@ -25,6 +29,8 @@ FACTS = 3
 """Whole numbers that the index keeps of a file: height and width in pixels of an image; milliseconds, height and width of a
 video; samples at 16 kHz of a sound."""
 DIGEST_BYTES = 16
+TEXT_BYTES = 8 * MB
+"""Of the texts of a document. Encoding a text takes some 130 times its size."""
 
 
 class File(NamedTuple):
@@ -76,8 +82,12 @@ def prepared(document: Document, where: str, tokenizer: Tokenizer, dtype: np.dty
     """The record of a document whose files have been read, and its entry in the index.
 
     Raises:
-        Rejected: a file cannot be decoded.
+        Rejected: a file cannot be decoded, or the texts are too large.
     """
+    if (size := sum(len(part.text.encode()) for part in document.parts)) > TEXT_BYTES:
+        raise Rejected(
+            "too large", f"found {size:,} bytes of text, expected at most {TEXT_BYTES:,}. Cut it into parts."
+        )
     parts = [part for part in document.parts if part.kind != "text"]
     facts = tuple(_facts(part, f"number {i + 1}") for i, part in enumerate(parts))
     encoded = encode(tokenizer, _pieces(document))
@@ -91,7 +101,7 @@ def prepared(document: Document, where: str, tokenizer: Tokenizer, dtype: np.dty
         "where": where,
     }
     try:
-        packed: bytes = msgpack.packb(record)  # pyright: ignore[reportAssignmentType]
+        packed: bytes = msgpack.packb(record, default=_plain)  # pyright: ignore[reportAssignmentType]
     except (OverflowError, ValueError, TypeError) as error:
         raise Rejected(
             "schema", f"metadata: {error}, expected what JSON can hold, and whole numbers of 64 bits"
@@ -176,6 +186,15 @@ _PROBES: dict[Kind, Callable[[bytes, str], tuple[int, ...]]] = {
     "video": _video_facts,
     "audio": _audio_facts,
 }
+
+
+def _plain(value: Any) -> Any:
+    """What a table has in its columns and JSON has not, as JSON files have it."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal | uuid.UUID):
+        return str(value)
+    raise TypeError(f"found a {type(value).__name__}")
 
 
 def _runs(weights: np.ndarray) -> tuple[list[int], list[float]]:
