@@ -16,20 +16,24 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from data import formats
 from data.documents import Rejected
+from data.files import shown
 from data.filters import TRANSFORMS, check, load_classifier, transformed
 from data.index import FORMAT, Index, Part, write_json
 from data.records import Entry, prepared
@@ -65,8 +69,8 @@ class Options:
         """Raises `UserError` for a value that cannot be."""
         if not 0 <= self.held_out < 1:
             raise UserError(f"--held-out: found {self.held_out}, expected a share from 0 to below 1")
-        if not self.max_record_mb > 0:
-            raise UserError(f"--max-record-mb: found {self.max_record_mb}, expected more than 0")
+        if not (self.max_record_mb > 0 and math.isfinite(self.max_record_mb)):
+            raise UserError(f"--max-record-mb: found {self.max_record_mb}, expected a number above 0")
         if unknown := [name for name in self.transforms if name not in TRANSFORMS]:
             raise UserError(f"--transform: found {unknown[0]!r}, expected one of {', '.join(TRANSFORMS)}")
         if self.classifier:
@@ -95,15 +99,25 @@ def prepare(
     """
     options.check()
     if (out / "dataset.json").exists():
+        shutil.rmtree(out / "unfinished", ignore_errors=True)  # it may have been stopped with nothing else to do
         raise UserError(f"--out {out}: is finished already. Give a new folder, or remove this one.")
+    for source in sources:
+        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(
+                f"--out {out}: lies in the source {source}, and would be read with it. Give another folder."
+            )
     units = formats.plan(sources)
     if not units:
         raise UserError(f"{', '.join(map(str, sources))}: found no files to read.")
-    inputs = {unit.path: [os.stat(unit.path).st_size, os.stat(unit.path).st_mtime_ns] for unit in units}
+    inputs = [_state(path) for unit in units for path in _files(unit)]
+    inputs += [_state(Path(options.classifier.rpartition(":")[0]))] if options.classifier else []
     work = _begin(out, units, inputs, options)
-    tokenizer = _tokenizer(out, units, options)
+    try:
+        tokenizer = _tokenizer(out, units, options)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     _prepare_units(work, units, options, tokenizer, workers, tell)
-    return _finish(out, [str(source.resolve()) for source in sources], len(units), options, tokenizer)
+    return _finish(out, [shown(str(source.resolve())) for source in sources], len(units), options, tokenizer)
 
 
 def prepare_built_in(
@@ -120,7 +134,7 @@ def prepare_built_in(
         with out.with_name(f".{out.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (out / "dataset.json").exists():
-                work = _begin(out, units, {}, options)
+                work = _begin(out, units, [], options)
                 _write_text(out / "tokenizer.json", tokenizer.serialised)
                 _prepare_units(work, units, options, tokenizer, workers, tell)
                 _finish(out, [name], len(units), options, tokenizer)
@@ -147,6 +161,16 @@ def _begin(out: Path, units: Sequence[Unit], inputs: Any, options: Options) -> P
     except OSError as error:
         raise _unwritable(out, error) from error
     return work
+
+
+def _files(unit: Unit) -> list[Path]:
+    return [Path(unit.path, name) for group in unit.groups for name in group] or [Path(unit.path)]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Changes when the file does."""
+    status = path.lstat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _tokenizer(out: Path, units: Sequence[Unit], options: Options) -> Tokenizer:
@@ -217,13 +241,14 @@ def _prepare_units(
         return
     context = multiprocessing.get_context("spawn")  # a forked child would share locks with the parent's threads
     arguments = (work, options, tokenizer)
+    others = set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(left)), context, _start, arguments) as pool:
         try:
             running = {pool.submit(_prepare_unit, i, units[i]): i for i in left}
             for future in concurrent.futures.as_completed(running):
                 counts[running[future]] = future.result()
                 told()
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, MemoryError) as error:
             raise UserError(
                 "--workers: a process ended by itself. If memory ran out, give fewer workers or a smaller --max-record-mb. "
                 "The same command goes on where it was stopped."
@@ -231,6 +256,9 @@ def _prepare_units(
         except OSError as error:
             raise _unwritable(work.parent, error) from error
         finally:
+            # After an error, or Ctrl-C, what they are at is not waited for: it is begun again the next time.
+            for child in set(multiprocessing.active_children()) - others if len(counts) < len(units) else ():
+                child.terminate()
             pool.shutdown(cancel_futures=True)
 
 
@@ -240,36 +268,79 @@ _worker: tuple[Path, Options, Tokenizer, Any]
 def _start(work: Path, options: Options, tokenizer: Tokenizer) -> None:
     """Runs first in each worker."""
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = work, options, tokenizer, load_classifier(options.classifier) if options.classifier else None
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed can tell nobody: its workers would go on, and then wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _ShardWriter:
+    """A shard that has its name once it is complete, and is gone where it is not."""
+
+    def __init__(self, path: Path, unfinished: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._path, self._unfinished = path, unfinished
+        self._writer = ArrayRecordWriter(str(unfinished), SHARD_OPTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._said_plainly(self._writer.close)
+            if kind is None:
+                descriptor = os.open(self._unfinished, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                self._unfinished.rename(self._path)
+        finally:
+            self._unfinished.unlink(missing_ok=True)
+
+    def write(self, record: bytes) -> None:
+        self._said_plainly(self._writer.write, record)
+
+    @staticmethod
+    def _said_plainly(write: Callable[..., None], *arguments: bytes) -> None:
+        """The library raises RuntimeError, of a full disk too."""
+        try:
+            write(*arguments)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
 
 
 def _prepare_unit(i: int, unit: Unit) -> tuple[int, int]:
     """Prepares one unit: (records read, records rejected)."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     work, options, tokenizer, classify = _worker
-    shard = work.parent / "shards" / shard_name(i)
-    unfinished = shard.with_suffix(".unfinished")
-    writer = ArrayRecordWriter(str(unfinished), SHARD_OPTIONS)
     entries: list[Entry] = []
     rejected: list[dict[str, str]] = []
     dtype = token_dtype(tokenizer.size)
-    for found in formats.read(unit, _most(options)):
-        try:
-            document = found.document
-            if isinstance(document, Rejected):
-                raise document
-            if options.transforms:
-                document = transformed(document, options.transforms)
-            record, entry = prepared(document, found.where, tokenizer, dtype)
-            check(document, entry, options.filters, classify)
-        except Rejected as reason:
-            rejected.append({"where": found.where, "rule": reason.rule, "reason": reason.reason})
-        else:
-            writer.write(record)
-            entries.append(entry)
-    writer.close()
-    unfinished.rename(shard)
+    # Named by the process: of two that are at the same unit, neither may finish the file of the other.
+    unfinished = work / f"{i:06d}.{os.getpid()}.array_record"
+    with _ShardWriter(work.parent / "shards" / shard_name(i), unfinished) as writer:
+        for found in formats.read(unit, _most(options)):
+            try:
+                document = found.document
+                if isinstance(document, Rejected):
+                    raise document
+                if options.transforms:
+                    document = transformed(document, options.transforms)
+                record, entry = prepared(document, found.where, tokenizer, dtype)
+                check(document, entry, options.filters, classify)
+            except Rejected as reason:
+                rejected.append({"where": found.where, "rule": reason.rule, "reason": reason.reason})
+            else:
+                writer.write(record)
+                entries.append(entry)
     Part.of(entries).write(work, i, rejected)
     return len(entries) + len(rejected), len(rejected)
 
@@ -360,7 +431,12 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _unwritable(out: Path, error: OSError) -> UserError:
+    where = Path(error.filename or out)
+    if out.absolute() not in (where.absolute(), *where.absolute().parents):
+        return UserError(
+            f"{where}: cannot be read ({error.strerror or error}). The same command goes on where it was stopped."
+        )
     return UserError(
-        f"--out {out}: {error.filename or out} cannot be written ({error.strerror or error}). Make room, or give another "
-        "folder; the same command goes on where it was stopped."
+        f"--out {out}: {where} cannot be written ({error.strerror or error}). Make room, or give another folder; the same "
+        "command goes on where it was stopped."
     )

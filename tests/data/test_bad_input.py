@@ -1,0 +1,151 @@
+"""The command in its own processes, on input that lies, is damaged or is enormous: counted, named, in bounded memory."""
+
+import base64
+import gzip
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import prepare as module
+from data.prepared import Prepared
+from tests.data.test_prepare import jsonl, picture, rejected, sound, tar
+
+MB = 10**6
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, rows: bytes) -> bytes:
+    """A PNG of one bit a pixel."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+
+
+def prepared(out: Path, *sources: Path, **limits: Any) -> tuple[str, int]:
+    """What the command says, and the most memory that one of its processes had, in bytes."""
+    options = ["--out", str(out), "--tokenizer", "bytes", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "data", "prepare", *map(str, sources), *options],
+        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, said
+    return said, usage.ru_maxrss * 1024
+
+
+def test_bad_input_is_rejected_by_name(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "d").mkdir(parents=True)
+    wave = bytearray(sound(16000))
+    wave[40:44] = struct.pack("<I", 10**9)
+    (tmp_path / "secret.png").write_bytes(picture(8, 8))
+    files = {
+        "good.png": picture(9, 9),
+        "half.jpg": picture(64, 64, "JPEG")[:1000],
+        "liar.wav": bytes(wave),
+        "header.png": png(25_000, 20_000, b""),
+        "real.png": png(25_000, 20_000, bytes((25_000 // 8 + 1) * 20_000)),
+        "text.mp3": b"no sound",
+        "empty.png": b"",
+    }
+    for name, content in files.items():
+        (folder / "d" / name).write_bytes(content)
+    (folder / "d" / "linked.png").symlink_to(tmp_path / "secret.png")
+    (folder / "d" / "l").symlink_to(tmp_path)
+    names = [*files, "missing.png", "../../secret.png", "linked.png", "l/secret.png", "https://example.com/a.png"]
+    kinds = {name: "audio" if name.endswith(("wav", "mp3")) else "image" for name in names}
+    records: list[Any] = [{kinds[name]: f"d/{name}" if name[0] != "h" or "://" not in name else name} for name in names]
+    records += [{"id": "x", "text": "one"}, {"id": "x", "text": "two"}, {"text": "\ud800"}, {"text": " "}, {"txt": "a"}]
+    records += [{"text": "a", "n": 10**30}, {"parts": [{"type": "text", "text": "a", "weight": 10**400}]}, 5]
+    records += [{"text": "one"}, {"text": "w", "image": {"bytes": base64.b64encode(b"no picture").decode()}}]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode() + b'{"text": "\xff"}\n{"text": \n'
+    (folder / "a.jsonl").write_bytes(lines)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    said, memory = prepared(tmp_path / "out", folder)
+    rules = [
+        *("file", "file", "file", "file", "file", "file", "missing file", "path", "link", "link", "path"),
+        *(
+            "utf-8",
+            "empty",
+            "schema",
+            "schema",
+            "schema",
+            "schema",
+            "file",
+            "utf-8",
+            "json",
+            "duplicate id",
+            "duplicate",
+        ),
+    ]
+    assert [rule for _, rule in rejected(tmp_path / "out")] == rules
+    assert f"{len(rules) + 2} records read = 2 documents" in said and f"+ {len(rules)} rejected" in said
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    for name, reason in zip(names[1:], reasons, strict=False):
+        assert name in reason, reason
+    assert memory < 700 * MB, f"{memory:,}"
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_enormous_input_takes_bounded_memory(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with open(folder / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(200):
+            file.write(b"x" * MB)
+        file.write(b'"}\n' + jsonl({"text": "after"}))
+    (folder / "b.jsonl").write_bytes(jsonl({"text": "x" * (9 * MB)}, {"text": "word " * 200_000}))
+    hundred = gzip.compress(bytes(100 * MB), 1)
+    (folder / "c.tgz").write_bytes(gzip.compress(tar({"a.txt": b"first"})[:1024]) + hundred * 12)
+    (folder / "d.jsonl.gz").write_bytes(hundred * 12)
+    giant = tarfile.TarInfo("a.txt")
+    giant.size = 10**10
+    (folder / "e.tar").write_bytes(giant.tobuf() + bytes(MB))
+    said, memory = prepared(tmp_path / "out", folder)
+    assert "2 documents" in said
+    assert rejected(tmp_path / "out") == [
+        ("in/a.jsonl:1", "too large"),
+        ("in/b.jsonl:1", "too large"),
+        ("in/c.tgz/a.txt", "damaged"),
+        ("in/d.jsonl.gz:1", "damaged"),
+        ("in/e.tar/a.txt", "damaged"),
+    ]
+    assert memory < 700 * MB, f"{memory:,}"
+
+
+@pytest.mark.slow
+def test_a_data_set_larger_than_memory_may_be_takes_bounded_memory(tmp_path):
+    """600 MB of noise in pictures and texts."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(200):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (1000, 1000, 3), np.uint8)).save(file, "PNG", compress_level=1)
+            for name, content in ((f"{i}.png", file.getvalue()), (f"{i}.txt", b"noise")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    _, memory = prepared(tmp_path / "out", tmp_path / "a.tar")
+    data = Prepared.open(tmp_path / "out")
+    assert len(data.index) == 200 and data.index.nbytes.sum() > 590 * MB
+    assert memory < 500 * MB, f"{memory:,}"
