@@ -2,7 +2,7 @@
 
 A unit is read alone, in any process, and gives the same records each time. Nothing that is found in it ends the reading:
 what cannot be used is given as `Rejected`, so that read = written + rejected. One record is held in memory at a time, of
-at most `most` bytes; of a Parquet file, a few.
+at most `most` bytes; of a Parquet file, a page of each column beside, as large as its maker made them.
 """
 
 import itertools
@@ -34,7 +34,6 @@ UNIT_BYTES = 64 * MB
 UNIT_DOCUMENTS = 500
 """Documents of a folder in one unit."""
 _BLOCK = 4 * MB
-_ROWS = 16
 
 
 def plan(sources: Sequence[Path]) -> list[Unit]:
@@ -153,7 +152,7 @@ def _plan_parquet(path: Path, label: str, size: int) -> Iterator[Unit]:
     try:
         with ParquetFile(path) as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    except (ArrowException, OSError):
+    except (ArrowException, OSError, ValueError):
         yield Unit("parquet", str(path), label, nbytes=size)  # reading it says what is wrong
         return
     row = 1
@@ -200,13 +199,13 @@ def _read_parquet(unit: Unit, most: int) -> Iterator[Found]:
 
     row, path = unit.first, Path(unit.path)
     try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS, row_groups=range(unit.start, unit.stop)):
-                for i in range(batch.num_rows):
-                    where = f"{unit.label}:{row}"
-                    yield Found(where, _document(partial(_row, batch.slice(i, 1), most), where, path, most))
-                    row += 1
-    except (ArrowException, OSError) as error:
+        with ParquetFile(path, buffer_size=MB, page_checksum_verification=True) as file:
+            # Row by row: a value that is stored once and repeated takes its size in each row of a batch.
+            for batch in file.iter_batches(batch_size=1, row_groups=range(unit.start, unit.stop)):
+                where = f"{unit.label}:{row}"
+                yield Found(where, _document(partial(_row, batch, most), where, path, most))
+                row += 1
+    except (ArrowException, OSError, ValueError) as error:  # of the names of its columns, too
         yield Found(f"{unit.label}:{row}", Rejected("damaged", f"cannot be read from here on ({error})"))
 
 

@@ -67,7 +67,7 @@ def test_shares_of_no_text_are_zero(name):
 
 @pytest.mark.parametrize(("name", "limit"), [("min_image_side", 100), ("max_image_aspect", 1)])
 def test_rules_of_images_are_for_images(name, limit):
-    assert reason(name, limit, LINES, entry(**OTHERS)) is None
+    assert reason(name, limit, LINES, entry(5, **OTHERS)) is None
 
 
 def test_the_first_rule_that_refuses_is_named():

@@ -29,15 +29,19 @@ def found(*sources: Path, most: int = MOST) -> list[Found]:
     return [record for unit in formats.plan(sources) for record in formats.read(unit, most)]
 
 
-def texts(records: list[Found]) -> list[str]:
-    return [text_of(record) for record in records]
-
-
 def text_of(record: Found) -> str:
     """The texts and files of a document, or the rule that refused it in brackets."""
     if isinstance(record.document, Rejected):
         return f"[{record.document.rule}]"
     return "+".join(part.text or part.data.decode() for part in record.document.parts)
+
+
+def texts(records: list[Found]) -> list[str]:
+    return [text_of(record) for record in records]
+
+
+def groups_of(records: list[Found]) -> dict[str, str]:
+    return {record.document.id: text_of(record) for record in records if isinstance(record.document, Document)}
 
 
 def only(records: list[Found]) -> Document:
@@ -92,7 +96,6 @@ LINE = st.sampled_from([b"", b" \t", b"\xef\xbb\xbf", b"\xff", b"{", b'{"text":"
     st.integers(1, 60),
 )
 @example([(b'{"text":"a"}', b"\n")] * 4, b"", 13, 13, 50)
-@example([(b'{"text":"a"}', b"\n")] * 4, b"", 12, 13, 50)
 @example([(b'{"text":"a"}', b"\n")] * 4, b'{"text":"a"}', 1, 1, 5)
 def test_jsonl_is_read_the_same_whatever_it_is_cut_into(tmp_path_factory, head, last, unit, block, most):
     content = b"".join(line + end for line, end in head) + last
@@ -159,7 +162,8 @@ def test_what_grows_out_of_proportion_is_given_up(tmp_path, monkeypatch):
 def table(path: Path, columns: dict[str, Any], rows: int = 3, **types: Any) -> Path:
     schema = [types.get(name) for name in columns]
     arrays = [pa.array(column, kind) for column, kind in zip(columns.values(), schema, strict=True)]
-    parquet.write_table(pa.Table.from_arrays(arrays, list(columns)), path, row_group_size=rows)
+    table = pa.Table.from_arrays(arrays, list(columns))
+    parquet.write_table(table, path, row_group_size=rows, write_page_checksum=True)
     return path
 
 
@@ -198,6 +202,14 @@ def test_cells_that_cannot_be_read_are_refused_one_by_one(tmp_path):
     assert texts(found(tmp_path / "a.parquet", most=1000)) == ["good", "[utf-8]", "[schema]", "[too large]"]
 
 
+def test_a_value_that_is_repeated_is_held_once(tmp_path):
+    path = table(tmp_path / "a.parquet", {"text": ["x" * 500_000] * 100}, rows=100)
+    assert path.stat().st_size < MOST
+    before = pa.total_allocated_bytes()
+    for record in formats.read(formats.plan([path])[0], MOST):
+        assert len(text_of(record)) == 500_000 and pa.total_allocated_bytes() - before < 5 * MOST
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" * 10, b"no table"])
 def test_what_is_no_table_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
@@ -206,13 +218,13 @@ def test_what_is_no_table_is_refused_by_name(tmp_path, content):
 
 def test_a_damaged_table_gives_no_other_rows(tmp_path):
     whole = table(tmp_path / "whole.parquet", {"text": [os.urandom(300).hex() for _ in range(20)]}, rows=10)
-    content, expected = whole.read_bytes(), texts(found(whole))
-    for cut in (1, 8, 200, len(content) // 2):
-        (tmp_path / "cut.parquet").write_bytes(content[:-cut])
-        assert texts(found(tmp_path / "cut.parquet")) == ["[damaged]"]
-    (tmp_path / "hole.parquet").write_bytes(content[:50] + bytes(5) + content[55:])
-    for record in found(tmp_path / "hole.parquet"):
-        assert text_of(record) in (*expected, "[damaged]", "[utf-8]") or len(text_of(record)) == 600
+    content = whole.read_bytes()
+    for left in (-1, -8, -200, len(content) // 2):
+        assert texts(found(tree(tmp_path, {"cut.parquet": content[:left]}) / "cut.parquet")) == ["[damaged]"]
+    assert (
+        texts(found(tree(tmp_path, {"hole.parquet": content[:50] + b"!" + content[51:]}) / "hole.parquet"))[0]
+        == "[damaged]"
+    )
 
 
 # Tar files
@@ -274,17 +286,10 @@ def test_long_and_foreign_names_are_kept(tmp_path, form):
 
 def test_names_that_are_no_utf8_are_spelled_out(tmp_path):
     name = os.fsdecode(b"caf\xe9.txt")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / name).write_bytes(b"a")
-    (tmp_path / "folder" / os.fsdecode(b"\xff.xyz")).write_bytes(b"a")
-    good, bad = found(tmp_path / "folder")
+    good, bad = found(tree(tmp_path / "folder", {name: b"a", os.fsdecode(b"\xff.xyz"): b"a"}))
     assert only([good]).id == "folder/caf\\xe9"
     assert "found .xyz" in refused([bad], "file type") and bad.where == "folder/\\xff.xyz"
     assert only(of_tar(tmp_path, tar((name, b"a"), form=tarfile.GNU_FORMAT))).id == "a.tar/caf\\xe9"
-
-
-def groups_of(records: list[Found]) -> dict[str, str]:
-    return {record.document.id: text_of(record) for record in records if isinstance(record.document, Document)}
 
 
 MANY = [(f"{i}.{end}", os.urandom(300).hex().encode()) for i in range(4) for end in ("txt", "jpg", "wav")]
@@ -308,11 +313,9 @@ def test_a_tar_cut_anywhere_gives_whole_documents_and_says_so(tmp_path_factory, 
 @settings(max_examples=200)
 @given(st.integers(0, len(MANY) - 1), st.integers(0, 511), st.binary(min_size=1, max_size=12))
 @example(1, 0, bytes(512))
-@example(0, 0, bytes(512))
 @example(4, 124, b"\xff" * 12)
 @example(4, 124, b"77777777777\0")
 @example(4, 156, b"x")
-@example(4, 156, b"L")
 def test_a_damaged_header_loses_no_file_silently(tmp_path_factory, member, at, change):
     content = bytearray(tar(*MANY))
     start = [i for i in range(0, len(content), 512) if content[i + 257 : i + 262] == b"ustar"][member]
@@ -360,7 +363,6 @@ def bomb_of_headers() -> bytes:
         (tar(("a.txt", bytes(MOST + 1))), "too large"),
         (tar(("a.txt", b"a" * (MOST // 2)), ("a.md", b"a" * (MOST // 2 + 1))), "too large"),
         (header("a.txt", size=10 * 10**9).tobuf(tarfile.GNU_FORMAT) + bytes(1024), "damaged"),
-        (tar(("a.txt", b"a"))[:-10240] or b"", "damaged"),
         (tar(("a.txt", b"a")) + tar(("b.txt", b"b")), "damaged"),
         (tar(("a.txt", b"a")) + b"garbage", "damaged"),
         (tar(("x" * 5000 + ".txt", b"a")), "damaged"),
