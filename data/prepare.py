@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -200,13 +201,23 @@ def _sample(units: Sequence[Unit], options: Options) -> list[str]:
             if isinstance(found.document, Rejected):
                 continue
             for part in found.document.parts:
-                texts.append(part.text[:left])
-                left -= len(texts[-1])
+                texts += _cut(part.text[:left])
+                left -= min(left, len(part.text))
             if left <= 0:
                 break
     if not any(texts):
         raise UserError("--tokenizer bpe: found no text to train it on. Give --tokenizer bytes, or the path of one.")
     return texts
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text, cut within what would be a word of thousands of characters (base64, DNA): the time that a bpe is trained
+    for grows with the square of the longest one."""
+    start = 0
+    for run in re.finditer(r"\S{1000}|\s{1000}", text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _most(options: Options) -> int:

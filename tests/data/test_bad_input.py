@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,17 @@ def test_enormous_input_takes_bounded_memory(tmp_path):
         ("in/e.tar/a.txt", "damaged"),
     ]
     assert memory < 700 * MB, f"{memory:,}"
+
+
+def test_a_word_without_end_does_not_keep_the_tokenizer_busy(tmp_path):
+    rng = np.random.default_rng(0)
+    dna = "".join(rng.choice(list("ACGT"), 200_000))
+    texts = ["A word.", dna, " " * 200_000, "x" * 200_000]
+    assert all("".join(module._cut(text)) == text for text in (*texts, ""))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*({"text": f"{text}."} for text in texts)))
+    began = time.monotonic()
+    module.prepare([tmp_path / "a.jsonl"], tmp_path / "out", module.Options(tokenizer_size=1000), 1, lambda _: None)
+    assert time.monotonic() - began < 30 and len(Prepared.open(tmp_path / "out").index) == 4
 
 
 @pytest.mark.slow
