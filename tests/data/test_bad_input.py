@@ -103,7 +103,7 @@ def test_bad_input_is_rejected_by_name(tmp_path):
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     for name, reason in zip(names[1:], reasons, strict=False):
         assert name in reason, reason
-    assert memory < 700 * MB, f"{memory:,}"
+    assert memory < 400 * MB, f"{memory:,}"
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -131,7 +131,7 @@ def test_enormous_input_takes_bounded_memory(tmp_path):
         ("in/d.jsonl.gz:1", "damaged"),
         ("in/e.tar/a.txt", "damaged"),
     ]
-    assert memory < 700 * MB, f"{memory:,}"
+    assert memory < 400 * MB, f"{memory:,}"
 
 
 def test_a_word_without_end_does_not_keep_the_tokenizer_busy(tmp_path):
