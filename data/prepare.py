@@ -245,7 +245,7 @@ def _prepare_units(
     if not left:
         return
     if min(workers, len(left)) == 1:
-        _start(work, options, tokenizer)
+        _set(work, options, tokenizer)
         for i in left:
             counts[i] = _prepare_unit(i, units[i])
             told()
@@ -277,10 +277,15 @@ _worker: tuple[Path, Options, Tokenizer, Any]
 
 
 def _start(work: Path, options: Options, tokenizer: Tokenizer) -> None:
-    """Runs first in each worker."""
-    global _worker
+    """Runs first in each worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _set(work, options, tokenizer)
+
+
+def _set(work: Path, options: Options, tokenizer: Tokenizer) -> None:
+    """What `_prepare_unit` works with."""
+    global _worker
     _worker = work, options, tokenizer, load_classifier(options.classifier) if options.classifier else None
 
 

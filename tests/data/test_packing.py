@@ -74,7 +74,7 @@ def small_packing(sizes, shares: Any, window=16, seed=0, **options: Any) -> tupl
     lengths = [rng.integers(5, 60, size) for size in sizes]
     tiles = [rng.integers(0, 3, size) for size in sizes]
     three = [np.column_stack([n, t, np.zeros_like(n)]) for n, t in zip(lengths, tiles, strict=True)]
-    by_row = shares if callable(shares) else lambda row: shares
+    by_row: Any = shares if callable(shares) else lambda row: shares
     return Packing(three, by_row, (64, 4, 0), window, seed, **options), lengths
 
 
