@@ -232,7 +232,7 @@ def _prepare_units(
     workers: int,
     tell: Callable[[Told], None],
 ) -> None:
-    """Prepares every unit that is not finished, `workers` of them at a time."""
+    """Prepares every unit that is not finished, `workers` of them at a time; 0 for one after the other in this process."""
     counts = {i: Part.counts(work, i) for i in range(len(units)) if Part.exists(work, i)}
     total = sum(unit.nbytes for unit in units)
 
@@ -244,7 +244,7 @@ def _prepare_units(
     left = [i for i in range(len(units)) if i not in counts]
     if not left:
         return
-    if min(workers, len(left)) == 1:
+    if not workers:
         _set(work, options, tokenizer)
         for i in left:
             counts[i] = _prepare_unit(i, units[i])

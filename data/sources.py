@@ -240,7 +240,7 @@ def _built_in(
     units = builtin.plan(name, config, spec.image)
     out = cache_folder(config) / _cache_name(name, builtin.version(name), tokenizer.digest, units)
     if not (out / "dataset.json").exists():
-        workers = min(len(units), os.cpu_count() or 1) if config.workers else 1
+        workers = min(len(units), os.cpu_count() or 1) if config.workers else 0
         try:
             prepare_built_in(name, units, tokenizer, out, workers, tell)
         except UserError as error:

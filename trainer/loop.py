@@ -55,11 +55,12 @@ def train(run: RunConfig, workdir: Path, *, allow_config_change: bool = False) -
     configure_jax(run)
     directory = RunDirectory(workdir)
     with contextlib.ExitStack() as stack:
+        # Before the lock tells that the run is here: a shell starts what is in its background with Ctrl-C ignored.
+        stop = stack.enter_context(StopRequest(quiet=not leader).listening())
         if leader:
             directory.create()
             stack.enter_context(directory.locked())
             directory.check_config(run, allow_config_change)
-        stop = stack.enter_context(StopRequest(quiet=not leader).listening())
         if finished(run, directory):
             return
         with Run(run, directory, stop, started) as job:
