@@ -12,7 +12,7 @@ import functools
 import itertools
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -237,8 +237,7 @@ def pack_rows(sizes: Sequence[Size], room: Size, parts: int = 1) -> list[list[tu
             end = at + sizes[longest][0]
             edge = -(-end // part) * part
             _, tiles, windows = _less(rest, sizes[longest])
-            others = [i for i in left if i != longest]
-            chosen = [longest, *_fullest(others, sizes, (edge - end, tiles, windows))]
+            chosen = [longest, *_fullest(left, longest, sizes, (edge - end, tiles, windows))]
             for i in chosen:
                 row.append((i, at))
                 at, rest = at + sizes[i][0], _less(rest, sizes[i])
@@ -257,19 +256,22 @@ def _less(room: Size, size: Size) -> Size:
     return room[0] - size[0], room[1] - size[1], room[2] - size[2]
 
 
-def _fullest(left: list[int], sizes: Sequence[Size], room: Size) -> list[int]:
-    """The documents out of `left` that fill the room best; of several ways, one that takes the longer documents.
+def _fullest(left: list[int], but: int, sizes: Sequence[Size], room: Size) -> list[int]:
+    """The documents out of `left`, `but` one, that fill the room best; of several ways, one that takes the longer documents.
 
     Where tiles and windows make that too large a search, each document in turn that still fits.
     """
-    fitting = [i for i in left if _fits(sizes[i], room)]
     tokens, tiles, windows = room
+    fitting = (i for i in left if i != but and _fits(sizes[i], room))
     # Most often tiles and windows are no hindrance, and then what fills the tokens best is the best.
-    taken = _subset(fitting, [(sizes[i][0], 0, 0) for i in fitting], (tokens, 0, 0))
+    taken = _subset(fitting, sizes, room, (1, 0, 0))
     if sum(sizes[i][1] for i in taken) <= tiles and sum(sizes[i][2] for i in taken) <= windows:
         return taken
-    if (2 * tokens + 1) * (2 * tiles + 1) * (windows + 1) <= _MOST_STATES:
-        return _subset(fitting, [sizes[i] for i in fitting], room)
+    fitting = (i for i in left if i != but and _fits(sizes[i], room))
+    by_tile = 2 * tokens + 1
+    by_window = by_tile * (2 * tiles + 1)
+    if by_window * (windows + 1) <= _MOST_STATES:
+        return _subset(fitting, sizes, room, (1, by_tile, by_window))
     taken = []
     for i in fitting:
         if _fits(sizes[i], room):
@@ -278,20 +280,23 @@ def _fullest(left: list[int], sizes: Sequence[Size], room: Size) -> list[int]:
     return taken
 
 
-def _subset(documents: list[int], sizes: list[Size], room: Size) -> list[int]:
-    """The subset of the documents that has the most tokens in the room; all of them fit it alone."""
+def _subset(documents: Iterable[int], sizes: Sequence[Size], room: Size, strides: Size) -> list[int]:
+    """The subset of the documents that has the most tokens in the room; all of them fit it alone. What has the stride 0 is
+    not looked at."""
     # Bit (w * by_window + t * by_tile + n) of `sums` is set if some of the documents seen so far have n tokens, t tiles
     # and w windows together. The strides leave room for one addition to overflow, which the mask then clears.
-    by_tile = 2 * room[0] + 1
-    by_window = by_tile * (2 * room[1] + 1)
-    starts = [w * by_window + t * by_tile for w in range(room[2] + 1) for t in range(room[1] + 1)]
+    _, by_tile, by_window = strides
+    tiles, windows = room[1] if by_tile else 0, room[2] if by_window else 0
+    starts = [w * by_window + t * by_tile for w in range(windows + 1) for t in range(tiles + 1)]
     every = (1 << (room[0] + 1)) - 1
     mask = sum(every << start for start in starts)
     full = sum(1 << (start + room[0]) for start in starts)
-    places = [tokens + tiles * by_tile + windows * by_window for tokens, tiles, windows in sizes]
-    sums, before = 1, []
-    for place in places:
+    sums, before, seen, places = 1, [], [], []
+    for i in documents:
+        place = sizes[i][0] + sizes[i][1] * by_tile + sizes[i][2] * by_window
         before.append(sums)
+        seen.append(i)
+        places.append(place)
         sums |= (sums << place) & mask
         if sums & full:
             break
@@ -301,6 +306,6 @@ def _subset(documents: list[int], sizes: list[Size], room: Size) -> list[int]:
     taken = []
     for n in reversed(range(len(before))):
         if not before[n] >> state & 1:
-            taken.append(documents[n])
+            taken.append(seen[n])
             state -= places[n]
     return taken
