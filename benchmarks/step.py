@@ -3,7 +3,8 @@
     python -m benchmarks.step [--config configs/tiny.py] [--config.NAME=VALUE ...] [--steps 10] [--no-allocator] [--fed]
 
 `--fed` runs the steps twice in turns, on batches that lie ready as arrays and on the same ones as a run gets them: decoded,
-packed and moved by a worker process meanwhile. `--no-allocator` leaves glibc's allocator as it is (see `launch.environment.keep_freed_memory`).
+packed and moved by a worker process meanwhile. `--no-allocator` leaves glibc's allocator as it is (see
+`launch.environment.keep_freed_memory`).
 """
 
 import argparse

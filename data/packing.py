@@ -122,6 +122,13 @@ class Packing:
         """Where the window of row n begins."""
         return self._from_start().position(n) if n < self._starts[0] else self._window(n)
 
+    def taken(self, n: int) -> list[float]:
+        """Documents of each source before row n, as if those of a window came evenly."""
+        state = self.position(n)
+        rows, after = self._packed(state)
+        part = (n - state.row) / len(rows)
+        return [first + part * (last - first) for first, last in zip(state.taken, after.taken, strict=True)]
+
     def _from_start(self) -> "Packing":
         if self._before is None:
             arguments = self._sizes, self._shares, self._room, self._least, self._seed, self._row_parts, self._caps

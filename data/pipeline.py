@@ -24,8 +24,8 @@ from sharding.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-POSITION = "position"
-"""In what `Batches` give: the position in the data of the batch, beside its arrays."""
+WHERE = "where"
+"""In what `Batches` give, beside the arrays of the batch: `Dataset.where` of it."""
 
 
 class Placed(NamedTuple):
@@ -127,14 +127,19 @@ class Dataset:
         """From which rows of batch n and later ones are found at once."""
         return self._packing.position(n * self.config.batch_size)
 
-    def plain_position(self, array: np.ndarray) -> dict[str, Any]:
-        """A position of a batch (its array `POSITION`) for a checkpoint, and for `position` of another dataset."""
-        return Position.from_array(array).plain(self._names)
+    def where(self, n: int) -> np.ndarray:
+        """float64, for `plain_position` and `epochs`: where in the data batch n begins."""
+        taken = self._packing.taken(n * self.config.batch_size)
+        epochs = [taken[i] / len(self._sources[number]) for i, number in enumerate(self._numbers)]
+        return np.concatenate([self.position(n).as_array(), epochs])
 
-    def epochs(self, array: np.ndarray) -> dict[str, float]:
-        """How often each source has been gone through, at such a position."""
-        taken = Position.from_array(array).taken
-        return {name: taken[i] / len(self._sources[self._numbers[i]]) for i, name in enumerate(self._names)}
+    def plain_position(self, where: np.ndarray) -> dict[str, Any]:
+        """For a checkpoint: from this `position`, another dataset finds the batch and later ones at once."""
+        return Position.from_array(where[: -len(self._names)]).plain(self._names)
+
+    def epochs(self, where: np.ndarray) -> dict[str, float]:
+        """How often each source has been gone through."""
+        return dict(zip(self._names, where[-len(self._names) :].tolist(), strict=True))
 
     def batch(self, n: int, rows: Sequence[int] | None = None) -> Batch:
         """Batch n, or these rows of it, in this order.
@@ -345,7 +350,7 @@ class _Numbered:
     def __getitem__(self, index: int) -> Batch:
         if _trainer_gone.is_set():
             os._exit(1)
-        return self._dataset.batch(index, self._rows) | {POSITION: self._dataset.position(index).as_array()}
+        return self._dataset.batch(index, self._rows) | {WHERE: self._dataset.where(index)}
 
 
 @contextlib.contextmanager

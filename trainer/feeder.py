@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.pipeline import POSITION, Batch, Batches
+from data.pipeline import WHERE, Batch, Batches
 
 AHEAD = 2
 """Batches kept on the device beside the one in use."""
@@ -28,8 +28,8 @@ class Feeder:
     def _run(self, batches: Batches, put: Callable[[Batch], dict[str, jax.Array]]) -> None:
         try:
             for batch in batches:
-                position = batch.pop(POSITION)
-                if not self._put((put(batch), position)):
+                where = batch.pop(WHERE)
+                if not self._put((put(batch), where)):
                     return
         except BaseException as error:
             self._put(error)
@@ -44,7 +44,7 @@ class Feeder:
         return False
 
     def next(self, device_idle: Callable[[], None]) -> tuple[dict[str, jax.Array], np.ndarray, float]:
-        """The next batch, its position in the data, and the seconds for which the device had nothing to do but wait.
+        """The next batch, where in the data it begins, and the seconds for which the device had nothing to do but wait.
 
         `device_idle` returns when the device has finished what it was given: a batch that is late for the queue but in
         time for the device costs nothing.

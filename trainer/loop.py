@@ -90,8 +90,8 @@ class Pending:
 
     step: int
     metrics: dict[str, jax.Array]
-    position: np.ndarray
-    """In the data, of its batch."""
+    where: np.ndarray
+    """In the data its batch begins."""
     waited: float
 
 
@@ -225,12 +225,12 @@ class Run:
         run, pending = self.run, None
         self.last_done = time.perf_counter()
         for step in range(self.start + 1, run.steps + 1):
-            batch, self.position, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
+            batch, self.where, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
             self.stop.nothing_to_save = False
             self.state, measured = self.step_fn(self.state, batch, self._flags[self.stop.requested.is_set()])
             if pending:
                 self._done(pending)
-            pending = Pending(step, measured, self.position, waited)
+            pending = Pending(step, measured, self.where, waited)
             first, last = step == self.start + 1, step == run.steps
             evaluating = last or step % run.eval.every_steps == 0
             saving = last or step % run.checkpoint.every_steps == 0
@@ -277,7 +277,7 @@ class Run:
             }
             slots = self.run.data.batch_size * self.run.data.sequence_length
             seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
-            seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.position).items()}
+            seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.where).items()}
             self.logger.write({"kind": "train", "step": pending.step} | values | seen | clock)
         if in_a_row >= self.run.optimizer.max_skipped:
             raise UserError(
@@ -311,7 +311,7 @@ class Run:
         return {
             "config": to_plain(self.run),
             "next_batch": int(self.state.step),
-            "data_position": self.dataset.plain_position(self.position),
+            "data_position": self.dataset.plain_position(self.where),
             "journal": self.journal,
             "tokenizer_digest": self.dataset.tokenizer.digest,
         } | self._data_facts()

@@ -83,6 +83,22 @@ def test_another_config_is_refused_with_the_difference_unless_asked_for(undistur
     assert [record["step"] for record in metrics(workdir) if record["kind"] == "train"][-1] == STEPS + 2
 
 
+def test_another_mixture_goes_on_and_is_kept_in_the_journal(undisturbed: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    mixture = ("--config.data.mixture.scenes=0", "--config.data.mixture.text=1", "--allow-config-change")
+    more = STEPS + 10
+    killed_when(functools.partial(reached, workdir, STEPS + 4), workdir, *mixture, f"--config.steps={more}")
+    finish(start(workdir, *mixture, f"--config.steps={more}"))
+    saved = json.loads((workdir / "checkpoints" / str(more) / "run" / "metadata").read_text())
+    assert [first for first, _ in saved["journal"]] == [0, STEPS]
+    assert [options["mixture"]["scenes"] for _, options in saved["journal"]] == [0.7, 0.0]
+    assert saved["data_position"]["taken"].keys() == {"scenes", "text"}
+    records = [record for record in metrics(workdir) if record["kind"] == "train"]
+    assert [record["step"] for record in records] == list(range(1, more + 1))
+    assert records[: STEPS - 1] == [r for r in metrics(undisturbed) if r["kind"] == "train"][: STEPS - 1]
+    assert all(0 < record["epochs/text"] < 1 for record in records[-3:])
+
+
 def test_other_data_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     output = finish(start(workdir, "--config.data.seed=1", "--allow-config-change"), 2)
