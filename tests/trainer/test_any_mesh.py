@@ -16,7 +16,7 @@ from trainer.initialise import abstract_state
 from trainer.placement import place_run
 from trainer.step import Skeleton, TrainState, init_state
 
-MODEL = CASES["experts everywhere, images"][0]
+MODEL = CASES["experts everywhere, images and sound"][0]
 CHAIN = (
     {"fsdp": 8},
     {"fsdp": 1},
