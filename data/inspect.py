@@ -5,8 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from data.config import DataConfig, MediaSpec
 from data.documents import MEDIA
+from data.items import COUNTS, Room, cut
+from data.media import Media
 from data.prepared import Prepared
+from data.tokenizer import load_file
 
 QUANTILES = {"least": 0.0, "median": 0.5, "mean": None, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
@@ -38,6 +42,28 @@ def inspect_data(folder: Path) -> dict[str, Any]:
         "digest": facts["digest"],
         "made from": facts["sources"],
         "options": facts["options"],
+    }
+
+
+def inspect_rows(folder: Path, config: DataConfig, spec: MediaSpec) -> dict[str, Any]:
+    """What a run's config makes of it: tokens by modality, and which documents do not fit a row.
+
+    Raises:
+        UserError: the data cannot be used with the config.
+    """
+    data = Prepared.open(folder)
+    index, media = data.index, Media(spec, load_file(folder))
+    media.check([kind for i, kind in enumerate(MEDIA) if (index.kinds == i).any()], str(folder))
+    sizes = media.sizes(index.kinds, index.facts)
+    room = Room(config.sequence_length, config.tiles_per_row, config.windows_per_row)
+    items = cut(index, np.arange(len(index)), sizes, room, config.long_documents)
+    by_kind = {kind: int(sizes[index.kinds == i, 0].sum()) for i, kind in enumerate(MEDIA)}
+    return {
+        "tokens": {"text": int(index.tokens.sum(dtype=np.int64))} | {kind: n for kind, n in by_kind.items() if n},
+        "tiles": int(sizes[:, 1].sum()),
+        "windows of sound": int(sizes[:, 2].sum()),
+        "tokens of an item": _spread(items["lengths"]),
+        f"documents that do not fit a row of {tuple(room)}": dict(zip(COUNTS, items["counts"].tolist(), strict=True)),
     }
 
 

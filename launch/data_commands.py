@@ -94,19 +94,27 @@ def _add_inspect(subparsers: Any) -> tuple[str, Command]:
     inspect = subparsers.add_parser(
         "data inspect",
         run=_inspect,
-        usage="drover data inspect DIR [--json]",
+        usage="drover data inspect DIR [--config FILE [--config.NAME=VALUE ...]] [--json]",
         help="count prepared data: documents, lengths, files, what was rejected",
         description="Counts the documents of a prepared data set, their lengths, tokens, files and bytes.",
     )
     inspect.add_argument("folder", type=Path, metavar="DIR", help="made by drover data prepare")
+    inspect.flag("--config", metavar="FILE[:ARG]", help="count also the tokens that this run's model makes of files")
     inspect.flag("--json", action="store_true", help="as JSON")
     return "data inspect", inspect
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from data.inspect import inspect_data, render
+    if arguments.overrides and not arguments.config:
+        raise UserError("overrides (--config.NAME=VALUE) go with --config FILE")
+    from data.inspect import inspect_data, inspect_rows, render
 
     facts = inspect_data(arguments.folder)
+    if arguments.config:
+        from launch.config_file import load_run
+
+        run = load_run(arguments.config, arguments.overrides)
+        facts |= {f"in rows of {run.name}": inspect_rows(arguments.folder, run.data, run.media)}
     print(json.dumps(facts, indent=2) if arguments.json else render(facts, str(arguments.folder)))
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, MediaSpec
+from data.inspect import inspect_data, inspect_rows, render
 from data.pipeline import Dataset, build_dataset
 from data.prepare import Options, prepare
-from data.tokenizer import BEGIN_OF_TEXT, PAD
+from data.tokenizer import BEGIN_OF_TEXT, PAD, load_file
 from sharding.errors import UserError
 from tests.data import mixed
 
@@ -128,6 +129,17 @@ def test_pieces_put_together_are_the_document_and_no_file_is_cut(folder, config,
         assert len(whole["tiles"]) > tiles or len(whole["windows"]) > windows or len(whole["tokens"]) > length
     [note] = dataset.notes
     assert f"; {len(unfit)} were dropped" in note if unfit else "were dropped" not in note
+
+
+def test_inspect_counts_the_tokens_of_each_modality(folder, config, records):
+    facts = inspect_rows(folder / "prepared", config, mixed.MEDIA)
+    tokenizer = load_file(folder / "prepared")
+    slow = [mixed.slow_document(record, folder, tokenizer) for record in records.values()]
+    assert sum(facts["tokens"].values()) == sum(len(document["tokens"]) for document in slow)
+    assert facts["tiles"] == sum(len(document["tiles"]) for document in slow)
+    assert facts["windows of sound"] == sum(len(document["windows"]) for document in slow)
+    assert facts["tokens"].keys() == {"text", "image", "video", "audio"}
+    assert "tokens" in render(inspect_data(folder / "prepared") | {"rows": facts}, "title")
 
 
 def test_long_documents_are_split_cut_off_or_dropped(config):
