@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 Problem = tuple[str, str]
 
 Policy = Literal["split", "truncate", "drop"]
+Augmentation = Literal["mirror", "crop", "colour", "grey"]
 BUILT_IN = ("text", "scenes")
 """Names of the sources that are made on the spot: the standard library's documentation and code; drawn scenes."""
 
@@ -89,6 +90,8 @@ class DataConfig:
     """Tiles that one image may be cut into, its global tile aside."""
     resize_to_max_canvas: bool = False
     """Cut small images into as many tiles as max_tiles allows, enlarged, instead of as few as hold them."""
+    augment: tuple[Augmentation, ...] = ()
+    """Random changes to the images of the training split, one after the other: mirror, crop, colour, grey."""
     windows_per_row: int = 0
     """Windows of sound that a row can hold; 0 only without sounds."""
     video_fps: float = 1.0

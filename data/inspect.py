@@ -63,7 +63,7 @@ def inspect_rows(folder: Path, config: DataConfig, spec: MediaSpec) -> dict[str,
         "tiles": int(sizes[:, 1].sum()),
         "windows of sound": int(sizes[:, 2].sum()),
         "tokens of an item": _spread(items["lengths"]),
-        f"documents that do not fit a row of {tuple(room)}": dict(zip(COUNTS, items["counts"].tolist(), strict=True)),
+        "too long for a row": dict(zip(COUNTS, items["counts"].tolist(), strict=True)),
     }
 
 
@@ -101,16 +101,16 @@ def render(facts: dict[str, Any], title: str) -> str:
     def add(name: str, value: Any, depth: int) -> None:
         pad = "  " * depth
         if isinstance(value, dict) and value and all(isinstance(inner, int | float) for inner in value.values()):
-            lines.append(f"{pad}{name:24}" + "  ".join(f"{key} {_number(inner)}" for key, inner in value.items()))
+            lines.append(f"{pad}{name:23} " + "  ".join(f"{key} {_number(inner)}" for key, inner in value.items()))
         elif isinstance(value, dict):
             if value:
                 lines.append(f"{pad}{name}")
             for key, inner in value.items():
                 add(key, inner, depth + 1)
         elif isinstance(value, list | tuple):
-            lines.append(f"{pad}{name:24}{', '.join(map(str, value)) or '-'}")
+            lines.append(f"{pad}{name:23} {', '.join(map(str, value)) or '-'}")
         else:
-            lines.append(f"{pad}{name:24}{_number(value)}")
+            lines.append(f"{pad}{name:23} {_number(value)}")
 
     for name, value in facts.items():
         add(name, value, 1)

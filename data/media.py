@@ -7,10 +7,11 @@ Letters: F files, n tiles, t side of a tile, w windows of sound, f frames of a w
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL.Image import Image
 
 from data import audio
 from data.config import MediaSpec
@@ -110,8 +111,10 @@ class Media:
         """Milliseconds of a clip's frames."""
         return sample_times(facts[0], self.spec.video)
 
-    def tiles(self, kind: Kind, data: bytes, facts: tuple[int, ...], name: str) -> np.ndarray:
-        """uint8 [n, t, t, 3] of an image or a video.
+    def tiles(
+        self, kind: Kind, data: bytes, facts: tuple[int, ...], name: str, change: Callable[[Image], Image] | None = None
+    ) -> np.ndarray:
+        """uint8 [n, t, t, 3] of an image, changed before it is cut, or of a video.
 
         Raises:
             UserError: the file is not what it was when it was prepared.
@@ -119,7 +122,8 @@ class Media:
         spec = self.spec.image
         assert spec
         if kind == "image":
-            cut = tiles(read_image(data, name), spec)[0]
+            image = read_image(data, name)
+            cut = tiles(change(image) if change else image, spec)[0]
         else:
             alone = dataclasses.replace(spec, max_tiles=1)
             cut = np.concatenate([tiles(frame, alone)[0] for frame in read_frames(data, self._times(facts), name)])

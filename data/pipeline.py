@@ -173,9 +173,9 @@ class Dataset:
             batch["audio_positions"] = np.full((B, A, sound.tokens_per_window), -1, np.int32)
         all_rows = self.rows(n)
         packed = [all_rows[row] for row in rows]
-        documents = self._read(packed)
+        documents = self._read(packed, [(self.config.seed, n, row) for row in rows])
         for b, placed in enumerate(packed):
-            self._fill_row({name: array[b] for name, array in batch.items()}, placed, documents)
+            self._fill_row({name: array[b] for name, array in batch.items()}, placed, documents[b])
         return batch
 
     def placed(self, n: int) -> list[list[Placed]]:
@@ -190,13 +190,14 @@ class Dataset:
             rows.append(found)
         return rows
 
-    def _read(self, rows: list[list[tuple[int, int, int]]]) -> dict[tuple[int, int], Document]:
-        """The documents of these rows by source and number; those of a source are read together."""
-        documents = {}
+    def _read(self, rows: list[list[tuple[int, int, int]]], keys: list[tuple[int, ...]]) -> list[list[Document]]:
+        """The documents of these rows; those of a source are read together."""
+        documents: list[list[Any]] = [[None] * len(row) for row in rows]
         for i, source in enumerate(self._sources):
-            items = sorted({number for row in rows for of, number, _ in row if of == i})
-            if items:
-                documents |= {(i, item): document for item, document in zip(items, source.read(items), strict=True)}
+            places = [(b, k) for b, row in enumerate(rows) for k, (of, _, _) in enumerate(row) if of == i]
+            items = [rows[b][k][1] for b, k in places]
+            for (b, k), document in zip(places, source.read(items, [(*keys[b], k) for b, k in places]), strict=True):
+                documents[b][k] = document
         return documents
 
     def batches(self, start: int, stop: int, rows: Sequence[int] | None = None) -> "Batches":
@@ -211,12 +212,9 @@ class Dataset:
         of_source = batch["source_ids"] == self.source_names.index(source) + 1
         return int(self.tokenizer.byte_lengths[batch["targets"][of_source & (batch["loss_weights"] > 0)]].sum())
 
-    def _fill_row(
-        self, row: Batch, placed: list[tuple[int, int, int]], documents: dict[tuple[int, int], Document]
-    ) -> None:
+    def _fill_row(self, row: Batch, placed: list[tuple[int, int, int]], documents: list[Document]) -> None:
         tile = window = 0
-        for segment, (source, number, at) in enumerate(placed, start=1):
-            document = documents[source, number]
+        for segment, ((source, _, at), document) in enumerate(zip(placed, documents, strict=True), start=1):
             length = len(document.tokens_S)
             span = slice(at, at + length)
             row["tokens"][span] = document.tokens_S
@@ -399,6 +397,7 @@ def _digest(config: DataConfig, media: MediaSpec, tokenizer_digest: str) -> str:
         config.seed,
         config.row_parts,
         config.long_documents,
+        config.augment,
         media,
     )
     return hashlib.sha256(repr((options, tokenizer_digest)).encode()).hexdigest()

@@ -8,13 +8,15 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data import builtin, cache, mixture
-from data.config import BUILT_IN, DataConfig, MediaSpec
+from data.augment import augmented
+from data.config import BUILT_IN, Augmentation, DataConfig, MediaSpec
 from data.documents import MEDIA
 from data.items import COUNTS, Room, cut
 from data.media import Media
@@ -68,17 +70,19 @@ class Source:
     """int32 [I], tokens of each item."""
     tile_counts: np.ndarray
     window_counts: np.ndarray
+    augment: tuple[Augmentation, ...]
     notes: tuple[str, ...]
     """What is missing or out of the ordinary, one line for the user each."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def read(self, items: Sequence[int]) -> list[Document]:
-        """These items, their files decoded."""
+    def read(self, items: Sequence[int], keys: Sequence[tuple[int, ...]] | None = None) -> list[Document]:
+        """These items, their files decoded; with a key for each, images are changed as `augment` says, at random by it."""
         numbers = self.documents[np.asarray(items, np.int64)]
         records = self._records(numbers)
-        return [self._document(i, n, r) for i, n, r in zip(items, numbers.tolist(), records, strict=True)]
+        every = zip(items, numbers.tolist(), records, keys or [None] * len(items), strict=True)
+        return [self._document(*one) for one in every]
 
     def record(self, item: int) -> Record:
         """The record that an item is of."""
@@ -90,7 +94,7 @@ class Source:
             list(zip(index.shards[numbers].tolist(), index.records[numbers].tolist(), strict=True))
         )
 
-    def _document(self, item: int, number: int, record: Record) -> Document:
+    def _document(self, item: int, number: int, record: Record, key: tuple[int, ...] | None) -> Document:
         start, stop = int(self.starts[item]), int(self.stops[item])
         first = int(self.data.index.file_starts[number])
         tokens, weights, blocks = [], [], []
@@ -122,7 +126,8 @@ class Source:
                 windows.append(cut_up)
                 places.append(self._window_places(len(cut_up), facts, at - start + int(start > 0)))
             else:
-                tiles.append(self.media.tiles(file.kind, file.data, facts, name))
+                change = partial(augmented, names=self.augment, key=(*key, i)) if key and self.augment else None
+                tiles.append(self.media.tiles(file.kind, file.data, facts, name, change))
         return Document(tokens_S, weights_S, _joined(tiles), _joined(windows), _joined(places))
 
     def _window_places(self, windows: int, facts: tuple[int, ...], at: int) -> np.ndarray:
@@ -224,6 +229,7 @@ def _source(
         data=data,
         media=media,
         begin=tokenizer.special[BEGIN_OF_TEXT],
+        augment=() if held_out else config.augment,
         notes=notes + _told(name, counts, config, held_out),
         **{key: stored[key] for key in ("documents", "starts", "stops", "lengths", "tile_counts", "window_counts")},
     )
