@@ -29,8 +29,8 @@ ENDINGS: dict[str, Format] = {
     ".tar.gz": "tar",
     ".tgz": "tar",
 }
-UNIT_BYTES = 64 * MB
-"""About how much of a JSONL file is one unit."""
+UNIT_BYTES = 4 * MB
+"""How much of a JSONL file is one unit at least; of larger ones a 256th, but at most 256 MB."""
 UNIT_DOCUMENTS = 500
 """Documents of a folder in one unit."""
 _BLOCK = 4 * MB
@@ -132,11 +132,12 @@ def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:
 def _plan_jsonl(path: Path, label: str) -> Iterator[Unit]:
     """Cut at the ends of lines; lines are counted, so that each has its number."""
     start, first, at, line = 0, 1, 0, 1
+    least = min(max(path.stat().st_size // 256, UNIT_BYTES), 256 * MB)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             last = block.rfind(b"\n")
             lines = block.count(b"\n")
-            if last >= 0 and at + last + 1 - start >= UNIT_BYTES:
+            if last >= 0 and at + last + 1 - start >= least:
                 stop = at + last + 1
                 yield Unit("jsonl", str(path), label, start, stop, first, nbytes=stop - start)
                 start, first = stop, line + lines

@@ -99,8 +99,8 @@ class Dataset:
         if empty and (not held_out or not self._numbers):
             split = "held-out" if held_out else "training"
             raise UserError(
-                f"data.mixture.{empty[0].name}: {empty[0].data.folder} has no {split} document that fits a row. Prepare it "
-                "with another --held-out, or change data.sequence_length or data.long_documents."
+                f"data.mixture.{empty[0].name}: {empty[0].data.folder} has no {split} document that fits a row. Raise "
+                "data.sequence_length, data.tiles_per_row or data.windows_per_row, or prepare it with another --held-out."
             )
 
     def __reduce__(self):
