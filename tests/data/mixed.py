@@ -49,9 +49,9 @@ def clip(i: int, frames: int) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 16, 12, "bgr0"
+        stream.width, stream.height, stream.pix_fmt = 40, 24, "bgr0"
         for n in range(frames):
-            pixels = np.full((12, 16, 3), (i * 40 + n * 20) % 256, np.uint8)
+            pixels = np.full((24, 40, 3), (i * 40 + n * 20) % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="bgr0")))
         container.mux(stream.encode())
     return file.getvalue()
