@@ -1,6 +1,6 @@
 """Generating text: one pass over the prompts fills a cache of keys and values, then each token costs one token.
 
-Letters: B rows, S sequence, D width, V vocabulary, M tiles, P patch tokens per tile.
+Letters: B rows, S sequence, D width, V vocabulary, M tiles or windows of sound, P tokens of one.
 """
 
 import dataclasses
@@ -38,27 +38,42 @@ class Prompt:
     """Image tiles, uint8 [M, side, side, 3]; None without an image."""
     image_positions: np.ndarray | None = None
     """Position in `tokens` of each tile's patch tokens, [M, P]."""
+    audio_frames: np.ndarray | None = None
+    """Windows of sound, float32 [M, frames of a window, mel bins]; None without a sound."""
+    audio_positions: np.ndarray | None = None
+    """Position in `tokens` of each window's tokens, [M, P]; -1 where a sound has ended."""
 
 
 def rows_of(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """Prompts as a batch: one a row, padded on the right to a length of few, and to a number of tiles of few."""
+    """Prompts as a batch: one a row, padded on the right to a length of few, and to numbers of tiles and windows of few."""
     B, S = len(prompts), bucket(max(len(prompt.tokens) for prompt in prompts))
     batch: dict[str, np.ndarray] = {name: np.zeros((B, S), np.int32) for name in ("tokens", "segment_ids", "positions")}
-    pictures = {}
     for b, prompt in enumerate(prompts):
         n = len(prompt.tokens)
         batch["tokens"][b, :n], batch["segment_ids"][b, :n], batch["positions"][b, :n] = prompt.tokens, 1, np.arange(n)
-        if prompt.tiles is not None and prompt.image_positions is not None and len(prompt.tiles):
-            pictures[b] = prompt.tiles, prompt.image_positions
-    if pictures:
-        M = bucket(max(len(tiles) for tiles, _ in pictures.values()), shortest=1)
-        tiles, places = next(iter(pictures.values()))
-        batch["image_tiles"] = np.zeros((B, M, *tiles.shape[1:]), tiles.dtype)
-        batch["image_positions"] = np.full((B, M, places.shape[1]), -1, np.int32)
-        for b, (tiles, places) in pictures.items():
-            batch["image_tiles"][b, : len(tiles)] = tiles
-            batch["image_positions"][b, : len(tiles)] = places
-    return batch
+    tiles = [(prompt.tiles, prompt.image_positions) for prompt in prompts]
+    windows = [(prompt.audio_frames, prompt.audio_positions) for prompt in prompts]
+    return batch | _slots(tiles, "image_tiles", "image_positions") | _slots(windows, "audio_frames", "audio_positions")
+
+
+def _slots(
+    files: Sequence[tuple[np.ndarray | None, np.ndarray | None]], blocks_name: str, places_name: str
+) -> dict[str, np.ndarray]:
+    """Tiles or windows of each row, and where their tokens are; nothing if no row has any."""
+    present = {
+        b: (blocks, places)
+        for b, (blocks, places) in enumerate(files)
+        if blocks is not None and places is not None and len(blocks)
+    }
+    if not present:
+        return {}
+    B, M = len(files), bucket(max(len(blocks) for blocks, _ in present.values()), shortest=1)
+    blocks, places = next(iter(present.values()))
+    all_blocks = np.zeros((B, M, *blocks.shape[1:]), blocks.dtype)
+    all_places = np.full((B, M, places.shape[1]), -1, np.int32)
+    for b, (blocks, places) in present.items():
+        all_blocks[b, : len(blocks)], all_places[b, : len(blocks)] = blocks, places
+    return {blocks_name: all_blocks, places_name: all_places}
 
 
 class Decoder:
@@ -103,7 +118,7 @@ class Decoder:
         """Yields one new token id per prompt at a time, int32 [B], up to `max_tokens` times.
 
         Args:
-            prompts: one or more, of any lengths; one that has images next to ones that have none.
+            prompts: one or more, of any lengths; ones with images or sounds next to ones without.
             max_tokens: new tokens of each prompt at most.
             temperature: 0 always takes the likeliest token.
             top_p: at a temperature above 0, draws from the fewest tokens whose probability reaches this.

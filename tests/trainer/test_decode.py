@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import ModelConfig
+from model.config import AudioConfig, ModelConfig
 from model.transformer import Transformer
 from sharding.errors import UserError
 from tests import micro
@@ -54,6 +54,24 @@ def picture(length: int, tiles: int, seed: int = 0) -> Prompt:
     return dataclasses.replace(text(length, seed), tiles=drawn, image_positions=places)
 
 
+HEARING = dataclasses.replace(
+    CONFIG, audio=AudioConfig(mel_bins=12, window_frames=32, hidden_size=16, num_layers=1, num_heads=2, ffn_size=24)
+)
+"""Sees and hears."""
+
+
+def sound(length: int, tokens: int, prompt: Prompt | None = None) -> Prompt:
+    """A prompt that ends with a sound of so many tokens, the last window in part."""
+    assert HEARING.audio
+    P = HEARING.audio.tokens_per_window
+    windows = -(-tokens // P)
+    places = np.full(windows * P, -1)
+    places[:tokens] = length - tokens + np.arange(tokens)
+    shape = (windows, HEARING.audio.window_frames, HEARING.audio.mel_bins)
+    frames = np.random.default_rng([length, tokens]).normal(0, 1, shape).astype(np.float32)
+    return dataclasses.replace(prompt or text(length), audio_frames=frames, audio_positions=places.reshape(windows, P))
+
+
 PROMPTS = [text(5), picture(23, 3), text(24), picture(40, 1), text(25)]
 TEXTS = [text(5), text(23), text(24), text(40)]
 
@@ -64,8 +82,8 @@ def collect(stream: Any) -> np.ndarray:
 
 
 @functools.cache
-def forward() -> Any:
-    skeleton, params, bias = weights(CONFIG)
+def forward(config: ModelConfig) -> Any:
+    skeleton, params, bias = weights(config)
 
     @jax.jit
     def logits(batch: Any) -> jax.Array:
@@ -75,7 +93,7 @@ def forward() -> Any:
     return logits
 
 
-def greedy_without_a_cache(prompt: Prompt, tokens: int) -> list[int]:
+def greedy_without_a_cache(prompt: Prompt, tokens: int, config: ModelConfig = CONFIG) -> list[int]:
     """The likeliest token after the whole document so far, again and again."""
     S, n, vision = 64, len(prompt.tokens), CONFIG.vision
     assert vision
@@ -85,9 +103,14 @@ def greedy_without_a_cache(prompt: Prompt, tokens: int) -> list[int]:
     batch["image_positions"] = np.full((1, 3, vision.tokens_per_tile), -1, np.int32)
     for m in range(0 if prompt.tiles is None else len(prompt.tiles)):
         batch["image_tiles"][0, m], batch["image_positions"][0, m] = prompt.tiles[m], prompt.image_positions[m]  # pyright: ignore
+    if audio := config.audio:
+        batch["audio_frames"] = np.zeros((1, 3, audio.window_frames, audio.mel_bins), np.float32)
+        batch["audio_positions"] = np.full((1, 3, audio.tokens_per_window), -1, np.int32)
+    for m in range(0 if prompt.audio_frames is None else len(prompt.audio_frames)):
+        batch["audio_frames"][0, m], batch["audio_positions"][0, m] = prompt.audio_frames[m], prompt.audio_positions[m]  # pyright: ignore
     for end in range(n, n + tokens):
         batch["segment_ids"][0, :end] = 1
-        batch["tokens"][0, end] = np.argmax(forward()(batch)[0, end - 1])
+        batch["tokens"][0, end] = np.argmax(forward(config)(batch)[0, end - 1])
     return batch["tokens"][0, n : n + tokens].tolist()
 
 
@@ -95,6 +118,14 @@ def test_the_likeliest_tokens_are_those_without_a_cache(decoder: Decoder) -> Non
     found = collect(decoder.stream(PROMPTS, 20))
     assert found.dtype == np.int32
     assert found.tolist() == [greedy_without_a_cache(prompt, 20) for prompt in PROMPTS]
+
+
+def test_after_pictures_and_sounds_too_they_are_those_without_a_cache() -> None:
+    prompts = [sound(30, 6), text(24), sound(40, 5, picture(40, 2)), picture(23, 3), sound(12, 9)]
+    found = collect(Decoder(*weights(HEARING)).stream(prompts, 12))
+    assert found.tolist() == [greedy_without_a_cache(prompt, 12, HEARING) for prompt in prompts]
+    silent = dataclasses.replace(prompts[0], audio_frames=None, audio_positions=None)
+    assert found[0].tolist() != greedy_without_a_cache(silent, 12, HEARING)
 
 
 def test_a_row_does_not_depend_on_the_other_rows_nor_on_the_bucket(text_decoder: Decoder) -> None:
