@@ -1,23 +1,31 @@
-"""The data that come with Drover, as documents: the text of the standard library, and drawn scenes with questions."""
+"""The data that come with Drover, as documents: the text of the standard library, and what is made on the spot, with
+questions: drawn scenes, short clips, sequences of tones."""
 
 import hashlib
 import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data import mixture, scene_text, text
+from data import ask, clips, mixture, scene_text, text, tones
 from data import scenes as drawn
 from data.config import DataConfig, ImageSpec
-from data.documents import Document, Part
-from data.images import choose_canvas, layout
-from data.tokenizer import BEGIN_OF_TEXT, Tokenizer
+from data.documents import Document, Kind, Part
 from data.units import Found, Unit
 
-HELD_OUT_SCENES = 4096
-_SCENES_OF_A_UNIT = 2048
+MADE: dict[str, Kind] = {"scenes": "image", "clips": "video", "tones": "audio"}
+"""Sources that are made on the spot, and the kind of file that their documents begin with."""
+HELD_OUT = 4096
+"""Held-out documents of each of them."""
+_MADE_OF_A_UNIT = 2048
 _FILES_OF_A_UNIT = 64
-_SCENES_FOR_TOKENIZER = 2000
+_MADE_FOR_TOKENIZER = 2000
+_CODE = {"scenes": (drawn, scene_text), "clips": (drawn, scene_text, ask, clips), "tones": (scene_text, ask, tones)}
+"""Modules that make each source."""
+
+Made = drawn.Scene | clips.Clip | tones.Tones
+"""What a document is about."""
 
 
 def plan(name: str, config: DataConfig, image: ImageSpec | None) -> list[Unit]:
@@ -28,23 +36,29 @@ def plan(name: str, config: DataConfig, image: ImageSpec | None) -> list[Unit]:
             Unit("built in", name, name, start, min(start + _FILES_OF_A_UNIT, count))
             for start in range(0, count, _FILES_OF_A_UNIT)
         ]
-    assert image
-    # All that decides a scene; how many tokens it takes is decided later.
-    parameters = (config.seed, image.tile_size, image.tokens_per_tile, image.max_tiles)
+    parameters = parameters_of(name, config, image)
     units = []
-    for first, count in ((0, config.scenes), (drawn.HELD_OUT_START, HELD_OUT_SCENES)):
+    for first, count in ((0, int(getattr(config, name))), (drawn.HELD_OUT_START, HELD_OUT)):
         units += [
-            Unit("built in", name, name, start, min(start + _SCENES_OF_A_UNIT, first + count), parameters=parameters)
-            for start in range(first, first + count, _SCENES_OF_A_UNIT)
+            Unit("built in", name, name, start, min(start + _MADE_OF_A_UNIT, first + count), parameters=parameters)
+            for start in range(first, first + count, _MADE_OF_A_UNIT)
         ]
     return units
+
+
+def parameters_of(name: str, config: DataConfig, image: ImageSpec | None) -> tuple[Any, ...]:
+    """All that decides a document of a source that is made on the spot; how many tokens it takes is decided later."""
+    if name == "tones":
+        return (config.seed,)
+    assert image
+    return (config.seed, image.tile_size, *((image.tokens_per_tile, image.max_tiles) if name == "scenes" else ()))
 
 
 def version(name: str) -> str:
     """Names what the documents of a source are made from."""
     if name == "text":
         return text.digest(text.standard_library().files)
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (drawn, scene_text))
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in _CODE[name])
     return hashlib.sha256(code).hexdigest()
 
 
@@ -60,16 +74,11 @@ def read(unit: Unit) -> Iterator[Found]:
             split = "heldout" if file.held_out else "train"
             yield Found(f"text/{file.name}", Document(file.name, (Part("text", text=file.text),), "text", split))
         return
-    seed, *shape = unit.parameters
-    image = ImageSpec(*shape)
     for index in range(unit.start, unit.stop):
-        scene = drawn.make_scene(seed, index, image)
-        png = io.BytesIO()
-        drawn.draw(scene).save(png, "PNG", compress_level=1)
-        texts = (Part("text", text=piece.text) for piece in scene_pieces(seed, scene))
         split = "heldout" if index >= drawn.HELD_OUT_START else "train"
-        document = Document(str(index), (Part("image", data=png.getvalue()), *texts), "scenes", split)
-        yield Found(f"scenes/{index}", document)
+        thing = made(unit.path, index, unit.parameters)
+        texts = (Part("text", text=piece.text) for piece in pieces(thing, unit.parameters))
+        yield Found(f"{unit.path}/{index}", Document(str(index), (file_of(thing), *texts), unit.path, split))
 
 
 def tokenizer_texts(config: DataConfig, image: ImageSpec | None) -> list[str]:
@@ -77,19 +86,38 @@ def tokenizer_texts(config: DataConfig, image: ImageSpec | None) -> list[str]:
     names, texts = mixture.names(config), []
     if "text" in names:
         texts += [file.text for file in text.standard_library().files if not file.held_out]
-    if image is not None and "scenes" in names:
-        for index in range(_SCENES_FOR_TOKENIZER):
-            scene = drawn.make_scene(config.seed, index, image)
-            texts.append("".join(piece.text for piece in scene_pieces(config.seed, scene)))
+    for name in MADE:
+        if name in names and (image is not None or name == "tones"):
+            parameters = parameters_of(name, config, image)
+            for index in range(_MADE_FOR_TOKENIZER):
+                texts.append("".join(piece.text for piece in pieces(made(name, index, parameters), parameters)))
     return texts
 
 
-def scene_pieces(seed: int, scene: drawn.Scene) -> list[scene_text.Piece]:
-    """What is said about a scene."""
-    return scene_text.document(scene, random.Random(f"text/{seed}/{scene.index}"))
+def made(name: str, index: int, parameters: tuple[Any, ...]) -> Made:
+    """What a source shows or plays under this index."""
+    seed, *others = parameters
+    if name == "scenes":
+        return drawn.make_scene(seed, index, ImageSpec(*others))
+    return clips.make_clip(seed, index, *others) if name == "clips" else tones.make_tones(seed, index)
 
 
-def scene_prefix(scene: drawn.Scene, image: ImageSpec, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that a scene's document begins with: begin-of-text and the picture."""
-    names = layout(choose_canvas(scene.height, scene.width, image), image)
-    return [tokenizer.special[BEGIN_OF_TEXT], *(tokenizer.special[name] for name in names)]
+def file_of(thing: Made) -> Part:
+    """Its picture, video or sound."""
+    if isinstance(thing, clips.Clip):
+        return Part("video", data=clips.encode(thing))
+    if isinstance(thing, tones.Tones):
+        return Part("audio", data=tones.encode(thing))
+    png = io.BytesIO()
+    drawn.draw(thing).save(png, "PNG", compress_level=1)
+    return Part("image", data=png.getvalue())
+
+
+def pieces(thing: Made, parameters: tuple[Any, ...]) -> list[scene_text.Piece]:
+    """What is said about it."""
+    seed = parameters[0]
+    if isinstance(thing, clips.Clip):
+        return clips.document(thing, random.Random(f"clips/text/{seed}/{thing.index}"))
+    if isinstance(thing, tones.Tones):
+        return tones.document(thing, random.Random(f"tones/text/{seed}/{thing.index}"))
+    return scene_text.document(thing, random.Random(f"text/{seed}/{thing.index}"))

@@ -8,8 +8,9 @@ Problem = tuple[str, str]
 
 Policy = Literal["split", "truncate", "drop"]
 Augmentation = Literal["mirror", "crop", "colour", "grey"]
-BUILT_IN = ("text", "scenes")
-"""Names of the sources that are made on the spot: the standard library's documentation and code; drawn scenes."""
+BUILT_IN = ("text", "scenes", "clips", "tones")
+"""Names of the sources that are made on the spot: the standard library's documentation and code; drawn scenes; short
+clips; sequences of tones."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class DataConfig:
 
     mixture: Mapping[str, float] = field(default_factory=lambda: {"text": 0.3, "scenes": 0.7})
     """Share of the tokens that each source supplies; made to sum to one. Names are those of `paths`, or built in: `text`,
-    the standard library of the Python that runs; `scenes`, drawn pictures with questions."""
+    the standard library of the Python that runs; `scenes`, drawn pictures with questions; `clips`, shapes that move;
+    `tones`, digits to hear."""
     mixture_temperature: float = 1.0
     """Weights count to the power of one over this: above 1 evens the shares out, below 1 sharpens them."""
     curriculum: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class DataConfig:
     batch_size: int = 8
     """Rows in a step, B, over all devices and micro-batches."""
     tiles_per_row: int = 8
-    """Image tiles that a row can hold, M. A row is closed early when its tiles are used up; 0 only without scenes."""
+    """Image tiles that a row can hold, M. A row is closed early when its tiles are used up; 0 only without scenes and clips."""
     max_tiles: int = 4
     """Tiles that one image may be cut into, its global tile aside."""
     resize_to_max_canvas: bool = False
@@ -105,10 +107,14 @@ class DataConfig:
     """Tokens in the BPE vocabulary that is trained, special tokens included; at most model.vocab_size."""
     scenes: int = 32768
     """Drawn scenes of the training split. A run that uses them up begins again."""
+    clips: int = 16384
+    """Short clips of the training split."""
+    tones: int = 16384
+    """Sequences of tones of the training split."""
     window: int = 256
     """Documents packed together; windows are independent, so any row can be found without the ones before."""
     seed: int = 0
-    """Decides the order of documents and the content of drawn scenes."""
+    """Decides the order of documents and the content of what is made on the spot."""
     workers: int = 1
     """Processes that make batches ahead of the step; 0 makes them in threads of the trainer."""
     prefetch: int = 4
@@ -142,5 +148,6 @@ class DataConfig:
             yield "video_fps", f"found {self.video_fps}, expected more than 0"
         if not self.tokenizer.strip():
             yield "tokenizer", f"found {self.tokenizer!r}, expected bpe, bytes or the path of a tokenizer.json"
-        if self.tiles_per_row == 0 and self.mixture.get("scenes", 0) > 0:
-            yield "tiles_per_row", "found 0, expected 1 or more when the mixture has scenes"
+        for name, option in (("scenes", "tiles_per_row"), ("clips", "tiles_per_row"), ("tones", "windows_per_row")):
+            if getattr(self, option) == 0 and self.mixture.get(name, 0) > 0:
+                yield option, f"found 0, expected 1 or more when the mixture has {name}"

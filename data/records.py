@@ -89,7 +89,7 @@ def prepared(document: Document, where: str, tokenizer: Tokenizer, dtype: np.dty
             "too large", f"found {size:,} bytes of text, expected at most {TEXT_BYTES:,}. Cut it into parts."
         )
     parts = [part for part in document.parts if part.kind != "text"]
-    facts = tuple(_facts(part, f"number {i + 1}") for i, part in enumerate(parts))
+    facts = tuple(facts_of(part, f"number {i + 1}") for i, part in enumerate(parts))
     encoded = encode(tokenizer, _pieces(document))
     record = {
         "id": document.id,
@@ -159,7 +159,8 @@ def _turns(document: Document, numbers: Iterator[int]) -> list[Message]:
     return [Message(role, content) for role, content in turns]
 
 
-def _facts(part: Part, name: str) -> tuple[int, ...]:
+def facts_of(part: Part, name: str) -> tuple[int, ...]:
+    """What an index keeps of a file; raises `Rejected` if it cannot be decoded."""
     try:
         found = _PROBES[part.kind](part.data, part.path or name)
     except UserError as error:

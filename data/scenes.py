@@ -133,10 +133,10 @@ def make_scene(seed: int, index: int, image: ImageSpec) -> Scene:
             (column + 0.5) * cell_w + rng.uniform(-slack_x, slack_x),
             (row + 0.5) * cell_h + rng.uniform(-slack_y, slack_y),
         )
-        rgb = _jitter(rng, COLOURS[colour], 14)
+        rgb = jitter(rng, COLOURS[colour], 14)
         things.append(Thing(shape, colour, size, row, column, centre, side, rgb))
     grey = rng.randrange(205, 246)
-    background = _jitter(rng, (grey, grey, grey), 8)
+    background = jitter(rng, (grey, grey, grey), 8)
     return Scene(index, width, height, background, tuple(things), word, word_row, word_offset)
 
 
@@ -146,7 +146,7 @@ def draw(scene: Scene) -> Image.Image:
     image = Image.new("RGB", (scene.width * k, scene.height * k), scene.background)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        _draw_shape(pen, thing, k, scene.background)
+        draw_thing(pen, thing, k, scene.background)
     if scene.word:
         unit = min(scene.width, scene.height)
         x = scene.width / 2 + scene.word_offset[0]
@@ -155,12 +155,14 @@ def draw(scene: Scene) -> Image.Image:
     return image.reduce(k)
 
 
-def _jitter(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int, int, int]:
+def jitter(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int, int, int]:
+    """A colour near this one."""
     r, g, b = (min(max(value + rng.randint(-by, by), 0), 255) for value in rgb)
     return r, g, b
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, thing: Thing, k: int, background: tuple[int, int, int]) -> None:
+def draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, k: int, background: tuple[int, int, int]) -> None:
+    """Draws an object, k times as large."""
     x, y, r = thing.centre[0] * k, thing.centre[1] * k, thing.side * k / 2
     box, fill = (x - r, y - r, x + r, y + r), thing.rgb
     match thing.shape:

@@ -19,13 +19,12 @@ from data.augment import augmented
 from data.config import BUILT_IN, Augmentation, DataConfig, MediaSpec
 from data.documents import MEDIA
 from data.items import COUNTS, Room, cut
-from data.media import Media
+from data.media import NEEDS, Media
 from data.prepare import Told, prepare_built_in
 from data.prepared import Prepared
 from data.records import Record
 from data.tokenizer import (
     BEGIN_OF_TEXT,
-    IMAGE_TOKENS,
     TEXT_TOKENS,
     Tokenizer,
     load_bpe,
@@ -161,8 +160,9 @@ def load_tokenizer(config: DataConfig, media: MediaSpec) -> Tokenizer:
     if config.tokenizer != "bpe":
         try:
             tokenizer = load_file(config.tokenizer)
-            with_scenes = "scenes" in mixture.names(config)
-            tokenizer.require((*TEXT_TOKENS, *IMAGE_TOKENS) if with_scenes else TEXT_TOKENS)
+            made = [name for name in mixture.names(config) if name in builtin.MADE]
+            needed = [token for name in made for token in NEEDS[builtin.MADE[name]]]
+            tokenizer.require((*TEXT_TOKENS, *needed))
         except UserError as error:
             raise UserError(f"data.tokenizer (bpe, bytes or a path): {error}") from error
         return tokenizer
@@ -239,10 +239,8 @@ def _built_in(
     name: str, config: DataConfig, spec: MediaSpec, tokenizer: Tokenizer, tell: Callable[[Told], None]
 ) -> Path:
     """The folder of a built-in source, prepared if it is not there."""
-    if name == "scenes" and spec.image is None:
-        raise UserError(
-            "data.mixture.scenes: drawn scenes need an image encoder. Set model.vision, or the weight to 0."
-        )
+    if name in ("scenes", "clips") and spec.image is None:
+        raise UserError(f"data.mixture.{name}: {name} need an image encoder. Set model.vision, or the weight to 0.")
     units = builtin.plan(name, config, spec.image)
     out = cache_folder(config) / _cache_name(name, builtin.version(name), tokenizer.digest, units)
     if not (out / "dataset.json").exists():

@@ -101,7 +101,8 @@ class EvalConfig:
     final_batches: int = 16
     """Held-out batches in the last one."""
     questions: int = 256
-    """Questions asked at the end, for each of: real, shuffled and blank images; 0 asks none."""
+    """Questions asked at the end about each of scenes, clips and tones in the mixture, for each of: the real file, another
+    question's and a blank one; 0 asks none."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,9 @@ class RunConfig:
                 f"found {self.data.row_parts}, parts of {part} tokens; expected parts of a multiple of "
                 f"model.chunk_size={self.model.chunk_size}, or chunks would cross their edges",
             )
-        if "scenes" in names(self.data) and self.model.vision is None:
-            yield "data.mixture.scenes", "found a weight above zero, expected 0 when model.vision is None"
+        for name, encoder in (("scenes", "vision"), ("clips", "vision"), ("tones", "audio")):
+            if name in names(self.data) and getattr(self.model, encoder) is None:
+                yield f"data.mixture.{name}", f"found a weight above zero, expected 0 when model.{encoder} is None"
         if self.optimizer.warmup_steps >= self.steps:
             yield (
                 "optimizer.warmup_steps",

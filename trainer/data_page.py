@@ -1,7 +1,5 @@
 """A page that shows a batch as the model gets it: rows and their segments, texts with their weights, files in their places."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +11,7 @@ from data.pipeline import Batch, Dataset, Placed, build_dataset
 from data.tokenizer import AUDIO, PATCH, Tokenizer
 from sharding.errors import UserError
 from trainer.config import RunConfig
+from trainer.pictures import png, spectrogram
 from trainer.report_page import page, section, tile
 
 COLOURS = ("blue", "vermilion", "green", "violet", "sky")
@@ -159,15 +158,10 @@ def _pictures(batch: Batch, b: int) -> dict[int, str]:
     if "audio_positions" in batch:
         for slot, positions in enumerate(batch["audio_positions"][b]):
             if positions[0] >= 0:
-                frames = batch["audio_frames"][b, slot]
-                grey = np.uint8(255) - np.interp(frames, (-1.5, 1.5), (0, 255)).astype(np.uint8)
-                found[int(positions[0])] = _img(Image.fromarray(grey.T[::-1]), f"window {slot + 1}")
+                picture = spectrogram(batch["audio_frames"][b, slot])
+                found[int(positions[0])] = _img(picture, f"window {slot + 1}")
     return found
 
 
 def _img(image: Image.Image, title: str) -> str:
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    return (
-        f'<img alt="{title}" title="{title}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
-    )
+    return f'<img alt="{title}" title="{title}" src="data:image/png;base64,{png(image)}">'

@@ -1,7 +1,7 @@
 """Held-out scores: the objective in the loop, and at the end questions whose answers are generated."""
 
 import base64
-import io
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,19 +9,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.config import DataConfig, ImageSpec
-from data.images import tiles
+from data.audio import SILENCE
+from data.config import DataConfig, MediaSpec
+from data.media import Media
 from data.pipeline import Batch, Dataset
 from data.questions import Question, heldout_questions
-from data.tokenizer import PATCH, Tokenizer
+from data.tokenizer import AUDIO, PATCH, Tokenizer
 from trainer.decode import Decoder, Prompt
+from trainer.pictures import png, spectrogram, strip
 from trainer.step import Params
 
 ANSWER_TOKENS = 12
 """Longest answer that is generated."""
 QUESTIONS_AT_ONCE = 64
 SAMPLES = 24
-"""Questions whose picture and answer are kept for the report."""
+"""Questions whose file and answer are kept for the report."""
 
 
 class HeldOut:
@@ -67,72 +69,101 @@ def ask(decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], most:
 
 
 def question_scores(
-    decoder: Decoder, tokenizer: Tokenizer, data: DataConfig, image: ImageSpec, count: int
+    decoder: Decoder, tokenizer: Tokenizer, data: DataConfig, spec: MediaSpec, sources: Sequence[str], count: int
 ) -> dict[str, Any]:
-    """Asks `count` held-out questions three times: with their image, with another question's, and with a blank one.
+    """Asks `count` held-out questions about each of these sources three times: with their file, with another question's,
+    and with a blank or silent one.
 
     Returns `questions` (right answers by attribute, combination and condition) and `samples` for the report.
     """
-    questions = heldout_questions(data, image, tokenizer, count)
-    prompts = [_prompt(question, tokenizer, image) for question in questions]
     tallies: dict[tuple[str, str, str], dict[str, Any]] = {}
     samples = []
-    for condition in ("real", "shuffled", "blank"):
-        asked = _without_image(prompts, condition)
-        answers: list[str] = []
-        for start in range(0, len(asked), QUESTIONS_AT_ONCE):
-            answers += ask(decoder, tokenizer, asked[start : start + QUESTIONS_AT_ONCE])
-        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-            combination = "novel" if question.novel_combination else "seen"
-            key = (question.attribute, combination, condition)
-            start_tally = {
-                "attribute": key[0],
-                "combination": key[1],
-                "condition": key[2],
-                "count": 0,
-                "correct": 0,
-                "chance": 0.0,
-            }
-            tally = tallies.setdefault(key, start_tally)
-            tally["count"] += 1
-            tally["correct"] += question.accepts(answer)
-            tally["chance"] += question.chance
-            if condition == "real" and i < SAMPLES:
-                samples.append(_sample(question, answer, combination))
+    for source in sources:
+        questions = heldout_questions(source, data, spec, tokenizer, count)
+        prompts = [prompt_of(question, Media(spec, tokenizer), tokenizer) for question in questions]
+        for condition in ("real", "shuffled", "blank"):
+            asked = _without_file(prompts, condition)
+            answers: list[str] = []
+            for start in range(0, len(asked), QUESTIONS_AT_ONCE):
+                answers += ask(decoder, tokenizer, asked[start : start + QUESTIONS_AT_ONCE])
+            for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+                combination = "novel" if question.novel_combination else "seen"
+                key = (question.attribute, combination, condition)
+                start_tally = {
+                    "attribute": key[0],
+                    "combination": key[1],
+                    "condition": key[2],
+                    "count": 0,
+                    "correct": 0,
+                    "chance": 0.0,
+                }
+                tally = tallies.setdefault(key, start_tally)
+                tally["count"] += 1
+                tally["correct"] += question.accepts(answer)
+                tally["chance"] += question.chance
+                if condition == "real" and i < SAMPLES // len(sources):
+                    samples.append(_sample(question, prompts[i], answer, combination))
     for tally in tallies.values():
         tally["chance"] /= tally["count"]
     return {"questions": list(tallies.values()), "samples": samples}
 
 
-def _prompt(question: Question, tokenizer: Tokenizer, image: ImageSpec) -> Prompt:
+def prompt_of(question: Question, media: Media, tokenizer: Tokenizer) -> Prompt:
+    """A question with its file."""
     tokens = np.asarray(question.prompt_tokens, np.int32)
-    tiles_M, _ = tiles(question.image, image)
-    places = np.flatnonzero(tokens == tokenizer.special[PATCH]).reshape(len(tiles_M), image.tokens_per_tile)
+    kind, data = question.file.kind, question.file.data
+    name = f"{question.source}/{question.index}"
+    if kind == "audio":
+        windows = media.windows(data, question.facts, name)
+        assert media.spec.audio
+        places = np.full(len(windows) * media.spec.audio.tokens_per_window, -1)
+        of_sound = np.flatnonzero(tokens == tokenizer.special[AUDIO])
+        places[: len(of_sound)] = of_sound
+        return Prompt(tokens, audio_frames=windows, audio_positions=places.reshape(len(windows), -1))
+    tiles_M = media.tiles(kind, data, question.facts, name)
+    places = np.flatnonzero(tokens == tokenizer.special[PATCH]).reshape(len(tiles_M), -1)
     return Prompt(tokens, tiles_M, places)
 
 
-def _without_image(prompts: Sequence[Prompt], condition: str) -> list[Prompt]:
-    """The same questions with their own images ("real"), each other's ("shuffled") or grey ones ("blank")."""
+def _without_file(prompts: Sequence[Prompt], condition: str) -> list[Prompt]:
+    """The same questions with their own files ("real"), each other's ("shuffled"), or grey and silent ones ("blank")."""
     if condition == "real":
         return list(prompts)
     if condition == "blank":
-        return [Prompt(p.tokens, np.full_like(p.tiles, 127), p.image_positions) for p in prompts]
-    # Images are exchanged among questions of the same layout, since the tokens have room for just so many tiles.
-    swapped = list(prompts)
-    for count in {len(p.tiles) for p in prompts if p.tiles is not None}:
-        alike = [i for i, p in enumerate(prompts) if p.tiles is not None and len(p.tiles) == count]
+        return [_with(p, _filled(p.tiles, 127), _filled(p.audio_frames, SILENCE)) for p in prompts]
+    # Files are exchanged among questions of as many tiles and windows, since the tokens have room for just so many. A
+    # sound that is longer than its new place is cut off.
+    swapped, sizes = list(prompts), [(_count(p.tiles), _count(p.audio_frames)) for p in prompts]
+    for size in set(sizes):
+        alike = [i for i, of_prompt in enumerate(sizes) if of_prompt == size]
         order = np.random.default_rng(0).permutation(len(alike))
         for position, source in zip(order, np.roll(order, 1), strict=True):
             mine, other = prompts[alike[position]], prompts[alike[source]]
-            swapped[alike[position]] = Prompt(mine.tokens, other.tiles, mine.image_positions)
+            swapped[alike[position]] = _with(mine, other.tiles, other.audio_frames)
     return swapped
 
 
-def _sample(question: Question, answer: str, combination: str) -> dict[str, Any]:
-    png = io.BytesIO()
-    question.image.save(png, "PNG")
+def _with(prompt: Prompt, tiles: np.ndarray | None, audio_frames: np.ndarray | None) -> Prompt:
+    return dataclasses.replace(prompt, tiles=tiles, audio_frames=audio_frames)
+
+
+def _filled(blocks: np.ndarray | None, value: float) -> np.ndarray | None:
+    return None if blocks is None else np.full_like(blocks, value)
+
+
+def _count(blocks: np.ndarray | None) -> int:
+    return 0 if blocks is None else len(blocks)
+
+
+def _sample(question: Question, prompt: Prompt, answer: str, combination: str) -> dict[str, Any]:
+    if prompt.audio_frames is not None:
+        picture = png(spectrogram(np.concatenate(list(prompt.audio_frames))))
+    elif question.file.kind == "video" and prompt.tiles is not None:
+        picture = png(strip(prompt.tiles))
+    else:
+        picture = base64.b64encode(question.file.data).decode()
     return {
-        "image": base64.b64encode(png.getvalue()).decode(),
+        "image": picture,
         "question": question.text,
         "answers": list(question.answers),
         "predicted": answer,

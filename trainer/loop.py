@@ -18,6 +18,7 @@ import numpy as np
 
 from data.mixture import continued
 from data.pipeline import build_dataset
+from data.questions import SOURCES
 from sharding.config import written
 from sharding.devices import peak_flops
 from sharding.errors import UserError
@@ -343,11 +344,13 @@ class Run:
             "text_bits_per_byte": scores.pop("text_bits_per_byte", None),
         }
         evaluation["loss"] = scores
-        if run.image_spec and run.eval.questions and "scenes" in self.dataset.source_names:
-            self.console.message(f"asking {run.eval.questions} held-out questions, three times")
+        asked = [name for name in SOURCES if name in self.dataset.source_names] if run.eval.questions else []
+        if asked:
+            about = f" about each of {', '.join(asked)}" if len(asked) > 1 else ""
+            self.console.message(f"asking {run.eval.questions} held-out questions{about}, three times")
             decoder = Decoder(Skeleton(run.model), params, bias)
             tokenizer = self.dataset.tokenizer
-            evaluation |= question_scores(decoder, tokenizer, run.data, run.image_spec, run.eval.questions)
+            evaluation |= question_scores(decoder, tokenizer, run.data, run.media, asked, run.eval.questions)
         self.logger.flush()
         if self.leader:
             write_json(self.directory.evaluation, evaluation)

@@ -111,11 +111,11 @@ def _tiles(
     else:
         tiles.append(tile(f"{train[-1]['loss']:.3f}", "nats/token", "training loss"))
     named = [one for one in scores if one.attribute != "all"]
-    chosen = [one for one in named if one.attribute in ("colour", "shape")] or named[:2]
+    chosen = [one for one in named if one.attribute in ("colour", "shape", "motion", "digit")] or named[:2]
     for one in [*chosen, *(one for one in scores if one.attribute == "all")]:
         score = one.novel or one.seen
         if score is not None:
-            kind = "new combinations" if one.novel else "held-out images"
+            kind = "new combinations" if one.novel else "held-out files"
             what = f"{one.attribute} questions" if one.attribute == "all" else one.attribute
             tiles.append(tile(f"{100 * score.share:.0f}", "%", f"{what}, {kind}; chance {percent(one.chance, 0)}"))
     for key, write, label in (
@@ -150,7 +150,7 @@ def _questions(scores: Sequence[AttributeScores], samples: Sequence[Mapping[str,
     if not scores and not samples:
         return ""
     keys = legend(
-        *((name, f"{shown} combination" if ", " in shown else f"{shown} image") for name, shown in CONDITIONS),
+        *((name, f"{shown} combination" if ", " in shown else f"{shown} file") for name, shown in CONDITIONS),
         ("line", "chance"),
     )
     chart = f"<figure>{keys}{question_chart(scores)}</figure>" if scores else ""
@@ -158,13 +158,13 @@ def _questions(scores: Sequence[AttributeScores], samples: Sequence[Mapping[str,
     if samples:
         right = sum(sample["correct"] for sample in samples)
         grid = (
-            f'<h3 style="margin-top:30px">Answers to held-out images <small>{right} of these {len(samples)} are right'
+            f'<h3 style="margin-top:30px">Answers to held-out questions <small>{right} of these {len(samples)} are right'
             f'</small></h3><div class="samples">{"".join(map(_sample, samples))}</div>'
         )
     return section(
-        "Questions about held-out images",
-        "Answers are generated and compared with the accepted ones. With another question's image, or a blank one, a model "
-        "that looks at the picture falls to chance. Lines through the bars are 95 % intervals.",
+        "Held-out questions",
+        "Answers are generated and compared with the accepted ones. With another question's file (picture, clip or sound), or "
+        "a blank one, a model that looks and listens falls to chance. Lines through the bars are 95 % intervals.",
         chart,
         grid,
     )
@@ -177,7 +177,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
     tag = " · ".join(str(sample[key]) for key in ("attribute", "combination") if key in sample)
     picture = re.sub(r"[^A-Za-z0-9+/=]", "", sample["image"])
     return (
-        f'<div class="sample"><img alt="held-out image" src="data:image/png;base64,{picture}"><div>{escape(sample["question"])}'
+        f'<div class="sample"><img alt="held-out file" src="data:image/png;base64,{picture}"><div>{escape(sample["question"])}'
         f'<div class="answer {verdict}" title="{verdict}">{mark} {escape(predicted)}</div>'
         f'<div class="accepted">accepted: {escape(accepted)}</div><div class="tag">{escape(tag)}</div></div></div>'
     )

@@ -32,15 +32,15 @@ class AttributeScores:
 
     attribute: str
     seen: Score | None
-    """The real image; the combination of attributes was trained on."""
+    """The real file; the combination of attributes was trained on."""
     novel: Score | None
-    """The real image; the combination of attributes was held out."""
+    """The real file; the combination of attributes was held out."""
     shuffled: Score | None
-    """Another question's image."""
+    """Another question's file."""
     blank: Score | None
-    """No image content."""
+    """A blank or silent file."""
     chance: float
-    """Accuracy of guessing the answers about the real images, 0 to 1."""
+    """Accuracy of guessing the answers about the real files, 0 to 1."""
 
 
 CONDITIONS = (("seen", "real, seen"), ("novel", "real, novel"), ("shuffled", "shuffled"), ("blank", "blank"))

@@ -1,4 +1,4 @@
-"""Held-out questions can be answered from the picture, and not without it."""
+"""Held-out questions can be answered from the picture, clip or sound, and not without it."""
 
 from collections import Counter, defaultdict
 
@@ -6,29 +6,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import layout, tiles
-from data.questions import heldout_questions
+from data.config import AudioSpec, ImageSpec, MediaSpec, VideoSpec
+from data.images import layout, read_image, tiles
+from data.media import Media
+from data.questions import Question, heldout_questions
 from data.scene_text import ATTRIBUTES, questions
 from data.scenes import HELD_OUT_START, draw, make_scene
 from data.tokenizer import BEGIN_OF_TEXT
+from trainer.evaluate import prompt_of
 
 
 @pytest.fixture(scope="module")
-def asked(config, image, dataset):
-    return heldout_questions(config, image, dataset.tokenizer, 360)
+def asked(config, media, dataset):
+    return heldout_questions("scenes", config, media, dataset.tokenizer, 360)
 
 
-def test_they_are_the_same_at_every_call(config, image, dataset, asked):
-    assert heldout_questions(config, image, dataset.tokenizer, 360) == asked
+def test_they_are_the_same_at_every_call(config, media, dataset, asked):
+    assert heldout_questions("scenes", config, media, dataset.tokenizer, 360) == asked
 
 
-def test_a_shorter_list_is_the_beginning_of_a_longer_one(config, image, dataset, asked):
-    assert heldout_questions(config, image, dataset.tokenizer, 50) == asked[:50]
+def test_a_shorter_list_is_the_beginning_of_a_longer_one(config, media, dataset, asked):
+    assert heldout_questions("scenes", config, media, dataset.tokenizer, 50) == asked[:50]
 
 
 def test_each_is_about_another_held_out_scene(asked):
-    assert len({question.scene for question in asked}) == len(asked)
-    assert min(question.scene for question in asked) >= HELD_OUT_START
+    assert len({question.index for question in asked}) == len(asked)
+    assert min(question.index for question in asked) >= HELD_OUT_START
 
 
 def test_every_attribute_is_asked_novel_and_seen(asked):
@@ -37,10 +40,14 @@ def test_every_attribute_is_asked_novel_and_seen(asked):
     assert min(counts.values()) >= 15
 
 
-def test_prompts_are_the_picture_and_the_question(config, image, dataset, asked):
+def picture(question: Question) -> Image.Image:
+    return read_image(question.file.data, "the question's")
+
+
+def test_prompts_are_the_picture_and_the_question(image, dataset, asked):
     special = dataset.tokenizer.special
     for question in asked:
-        cut, canvas = tiles(question.image, image)
+        cut, canvas = tiles(picture(question), image)
         prefix = [special[BEGIN_OF_TEXT], *(special[name] for name in layout(canvas, image))]
         assert list(question.prompt_tokens[: len(prefix)]) == prefix
         assert dataset.tokenizer.decode(question.prompt_tokens) == question.text
@@ -49,17 +56,17 @@ def test_prompts_are_the_picture_and_the_question(config, image, dataset, asked)
 
 def test_answers_and_novelty_are_the_scenes_own(config, image, asked):
     for question in asked:
-        scene = make_scene(config.seed, question.scene, image)
-        assert question.image.tobytes() == draw(scene).tobytes()
+        scene = make_scene(config.seed, question.index, image)
+        assert picture(question).tobytes() == draw(scene).tobytes()
         asks = [ask for ask in questions(scene) if question.text in ask.wordings]
         assert len({ask.answers for ask in asks}) == 1
         assert asks[0].answers == question.answers
         assert question.novel_combination == any(thing.novel for thing in asks[0].about)
 
 
-def test_the_commonest_answer_is_right_as_often_as_chance_says(config, image, dataset):
+def test_the_commonest_answer_is_right_as_often_as_chance_says(config, media, dataset):
     """The best guess that sees which attribute is asked for, but not the picture."""
-    many = heldout_questions(config, image, dataset.tokenizer, 1800)
+    many = heldout_questions("scenes", config, media, dataset.tokenizer, 1800)
     groups = defaultdict(list)
     for question in many:
         groups[question.attribute, question.novel_combination].append(question)
@@ -73,4 +80,43 @@ def test_only_accepted_answers_are_accepted(asked):
     assert all(question.accepts(f" {answer.upper()}.\nwhat shape is it?") for answer in question.answers)
     assert not question.accepts("")
     assert not question.accepts("orange")
-    assert isinstance(question.image, Image.Image)
+
+
+SPEC = MediaSpec(ImageSpec(32, tokens_per_tile=4, max_tiles=4), VideoSpec(1.0, 8), AudioSpec(48, 128, 16))
+
+
+@pytest.fixture(scope="module", params=["clips", "tones"])
+def heard(request, config, dataset):
+    return heldout_questions(request.param, config, SPEC, dataset.tokenizer, 200)
+
+
+def test_clips_and_sounds_are_asked_about_novel_and_seen_by_turns(config, dataset, heard):
+    assert [question.novel_combination for question in heard] == [True, False] * 100
+    assert all(question.index >= HELD_OUT_START for question in heard)
+    assert len({question.index for question in heard}) == len(heard)
+    assert heldout_questions(heard[0].source, config, SPEC, dataset.tokenizer, 30) == heard[:30]
+    assert {q.attribute for q in heard} == {"clips": {"motion"}, "tones": {"digits", "digit"}}[heard[0].source]
+
+
+def test_chance_of_clips_and_sounds_is_that_of_the_best_guess(heard):
+    chance = {(q.attribute, q.novel_combination): q.chance for q in heard}
+    for attribute, most in {"motion": 0.15, "digit": 0.13, "digits": 0.05}.items():
+        for novel in (True, False):
+            assert 0 < chance.get((attribute, novel), most) <= most, (attribute, novel)
+
+
+def test_prompts_of_clips_and_sounds_have_room_for_their_files(dataset, heard):
+    tokenizer = dataset.tokenizer
+    media = Media(SPEC, tokenizer)
+    for question in heard[:20]:
+        prompt = prompt_of(question, media, tokenizer)
+        ids = media.ids(question.file.kind, question.facts)
+        assert prompt.tokens[1 : 1 + len(ids)].tolist() == ids.tolist()
+        assert tokenizer.decode(prompt.tokens[1 + len(ids) :].tolist()) == question.text
+        blocks = prompt.tiles if question.source == "clips" else prompt.audio_frames
+        places = prompt.image_positions if question.source == "clips" else prompt.audio_positions
+        name = "<|patch|>" if question.source == "clips" else "<|audio|>"
+        assert blocks is not None
+        assert places is not None
+        assert len(blocks) == len(places) == {"clips": 3, "tones": 1}[question.source]
+        assert places[places >= 0].tolist() == np.flatnonzero(prompt.tokens == tokenizer.special[name]).tolist()

@@ -116,7 +116,7 @@ def test_what_the_model_wrote_is_only_text():
 def test_an_unfinished_run_says_so(tmp_path):
     words = Page(write_report(write_run(tmp_path, steps=40)).read_text(encoding="utf-8")).words
     assert "Unfinished: 40 of 60 steps. This run has not been evaluated" in words
-    assert "2.345 bits/byte held-out text" in words and "Questions about held-out images" not in words
+    assert "2.345 bits/byte held-out text" in words and "Held-out questions" not in words
 
 
 def test_the_time_of_every_start_counts():
