@@ -1,6 +1,19 @@
-"""Text, pictures, video and sound in one run, in miniature; trains on a laptop in a quarter of an hour.
+"""Text, pictures, video and sound in one run, in miniature; meant for a laptop and a quarter of an hour.
 
-drover train --config configs/tiny_av.py
+    drover train --config configs/tiny_av.py
+
+The model of configs/tiny.py with an audio encoder beside its vision encoder. Text, drawn scenes, clips of a shape that
+moves one of eight ways, and two to four digits as tones, made on the spot.
+
+Not yet run whole on an idle machine, so no time and no scores of it are given. What was measured, with shorter runs of this
+config on other mixtures: clips and tones alone (0.65 and 0.35 of the tokens), 500 steps, held-out questions answered right
+for combinations that training shows / never shows, with another question's file, and by the best guess:
+
+    digits    98 % / 94 %   shuffled 0 %   chance  2 %
+    digit     94 % / 94 %   shuffled 3 %   chance 11 %
+
+Which way a shape moves was not learned in runs of 300 to 700 steps on clips alone: 16 to 19 % right for combinations that
+training shows, 1 to 8 % for those that it never shows (of which it has learned that they do not occur), chance 14 %.
 """
 
 from ml_collections import ConfigDict
