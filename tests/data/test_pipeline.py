@@ -210,6 +210,7 @@ def test_notes_are_those_of_the_sources_and_survive_pickling(scenes_only, monkey
         sequence_length=512,
         tiles_per_row=5,
         scenes=20,
+        workers=0,  # in this process, where the corpus is the one above
         cache_dir=str(tmp_path),
     )
     dataset = build_dataset(config, scenes_only.media, "train")
