@@ -120,6 +120,11 @@ COMMAND = [sys.executable, "-m", "launch.cli", "data", "prepare"]
 ROOT = str(Path(module.__file__).parents[1])
 
 
+def _mind_ctrl_c() -> None:
+    """What a shell starts in its background ignores Ctrl-C, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments: object, slow: float = 0.0, **options: Any) -> "subprocess.Popen[str]":
     """In a group of its own, as a terminal starts it."""
     environment = {**os.environ, "PYTHONPATH": ROOT, "SLOW": str(slow)}
@@ -130,6 +135,7 @@ def started(*arguments: object, slow: float = 0.0, **options: Any) -> "subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=options.pop("preexec_fn", _mind_ctrl_c),
         **options,
     )
 
