@@ -6,17 +6,18 @@ Mixture-of-experts layers with a shared expert and top-1 sigmoid routing, chunke
 global layers without, qk-norm, a vision encoder with pixel shuffle, early fusion. Text and drawn scenes, made on the
 spot.
 
-Last run on two cores of a shared AMD EPYC (Python 3.11.7, jax 0.10.2, float32): 7:03 minutes after installation, of
-which 0:35 to the first step. Held-out questions answered right after 1400 steps, with the real picture for combinations
-of colour and shape that training shows / never shows, with another question's picture, and by the best guess:
+Last run on two cores of a shared AMD EPYC (Python 3.11.7, jax 0.10.2, float32), which were busy with other work: 13 minutes,
+of which 1:52 to the first step (an earlier version with the cores to itself: 7:03 and 0:35). Held-out questions answered right after 1400 steps, with the real
+picture for combinations of colour and shape that training shows / never shows, with another question's picture, and by the
+best guess:
 
-    colour    74 % / 58 %   shuffled 21 %   chance 18 %
-    shape     70 % / 42 %   shuffled 15 %   chance 17 %
-    size      91 % / 86 %   shuffled 57 %   chance 50 %
-    position  52 % / 62 %   shuffled 21 %   chance 26 %
-    count     76 % / 81 %   shuffled 43 %   chance 41 %
+    colour    60 % / 47 %   shuffled 13 %   chance 18 %
+    shape     70 % / 30 %   shuffled 19 %   chance 17 %
+    size      86 % / 86 %   shuffled 48 %   chance 50 %
+    position  67 % / 67 %   shuffled 26 %   chance 26 %
+    count     62 % / 76 %   shuffled 36 %   chance 41 %
 
-Written words and relations between objects are still at chance by then. Held-out text: 2.34 bits per byte.
+Written words are still at chance by then. Held-out text: 2.16 bits per byte.
 """
 
 from ml_collections import ConfigDict
