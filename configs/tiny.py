@@ -7,9 +7,9 @@ global layers without, qk-norm, a vision encoder with pixel shuffle, early fusio
 spot.
 
 Last run on two cores of a shared AMD EPYC (Python 3.11.7, jax 0.10.2, float32), which were busy with other work: 13 minutes,
-of which 1:52 to the first step (an earlier version with the cores to itself: 7:03 and 0:35). Held-out questions answered right after 1400 steps, with the real
-picture for combinations of colour and shape that training shows / never shows, with another question's picture, and by the
-best guess:
+of which 1:52 to the first step (an earlier version, with the cores to itself: 7:03 and 0:35). Held-out questions answered
+right after 1400 steps, with the real picture for combinations of colour and shape that training shows / never shows, with
+another question's picture, and by the best guess:
 
     colour    60 % / 47 %   shuffled 13 %   chance 18 %
     shape     70 % / 30 %   shuffled 19 %   chance 17 %
