@@ -74,7 +74,6 @@ class Tokenizer:
         size: the highest id and one. Ids below it may be without a token.
         digest: sha256 of what decides the ids of a text; equal digests encode alike.
         byte_lengths: int32 [V], bytes of text that each token stands for; 0 for special tokens.
-        begins_line: bool [V], tokens that begin with a line feed (with indentation, they are one token).
     """
 
     def __init__(self, serialised: str, source: str = "the tokenizer"):
@@ -88,7 +87,6 @@ class Tokenizer:
         self.special: dict[str, int] = _Special(special, source)
         self.size = max(self._bytes) + 1
         self.byte_lengths = np.array([len(self.token_bytes(i)) for i in range(self.size)], np.int32)
-        self.begins_line = np.array([self.token_bytes(i).startswith(b"\n") for i in range(self.size)])
 
     def __reduce__(self):
         return Tokenizer, (self.serialised, self.source)

@@ -120,17 +120,15 @@ COMMAND = [sys.executable, "-m", "launch.cli", "data", "prepare"]
 ROOT = str(Path(module.__file__).parents[1])
 
 
-def _mind_ctrl_c() -> None:
-    """What a shell starts in its background ignores Ctrl-C, and so does what that starts."""
+def _mind_ctrl_c() -> None:  # which what a shell starts in its background does not
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def started(*arguments: object, slow: float = 0.0, **options: Any) -> "subprocess.Popen[str]":
     """In a group of its own, as a terminal starts it."""
-    environment = {**os.environ, "PYTHONPATH": ROOT, "SLOW": str(slow)}
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        env=environment,
+        env={**os.environ, "PYTHONPATH": ROOT, "SLOW": str(slow)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

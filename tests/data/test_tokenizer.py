@@ -103,18 +103,13 @@ def test_special_tokens_have_the_last_ids_one_each(bpe):
 
 
 def test_special_tokens_are_no_text(tokenizer):
-    assert len(tokenizer.byte_lengths) == len(tokenizer.begins_line) == tokenizer.size
+    assert len(tokenizer.byte_lengths) == tokenizer.size
     assert tokenizer.decode(tokenizer.special.values()) == ""
     assert not tokenizer.byte_lengths[list(tokenizer.special.values())].any()
 
 
 def test_lone_surrogates_do_not_crash(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
-
-
-def test_begins_line_marks_tokens_that_begin_with_a_line_feed(tokenizer):
-    for i in range(tokenizer.size):
-        assert tokenizer.begins_line[i] == tokenizer.decode([i]).startswith("\n")
 
 
 def test_a_tokenizer_survives_pickling(tokenizer):
