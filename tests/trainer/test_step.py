@@ -13,7 +13,7 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from tests.oracle_cases import FAST_COMPILE, SOURCES, TINY, random_batch
 from trainer.config import ObjectiveConfig, OptimizerConfig, RunConfig
-from trainer.objective import next_token_objective
+from trainer.objective import by_source, next_token_objective
 from trainer.optimizer import adamw, decay_mask, learning_rate
 from trainer.step import Skeleton, init_state, make_train_step
 
@@ -110,6 +110,13 @@ def test_each_auxiliary_term_has_a_gradient(batch: dict, term: str) -> None:
 
 def rates(config: OptimizerConfig, steps: int = 20) -> np.ndarray:
     return np.array([learning_rate(config, steps)(step) for step in range(steps)])
+
+
+def test_sums_by_source_are_those_of_float64() -> None:
+    random = np.random.default_rng(0)
+    values, sources = random.uniform(4, 7, 1 << 17).astype(np.float32), random.integers(0, 4, 1 << 17)
+    expected = [values[sources == source].sum(dtype=np.float64) for source in (1, 2, 3)]
+    np.testing.assert_allclose(jax.jit(by_source, static_argnums=2)(values, sources, 3), expected, rtol=3e-7)
 
 
 def test_schedules() -> None:
