@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install train test slow collectives lint types goldens lock clean
+.PHONY: help install train test slow mesh collectives lint types goldens lock clean
 
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -40,7 +40,11 @@ test: install  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 slow: install  ## the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+mesh: $(LIBTPU)  ## all that holds the mesh to one device: the same numbers, real processes, collectives
+	$(BIN)/python -m pytest -n 2 --dist worksteal -v tests/sharding tests/launch/test_processes.py tests/trainer/test_any_mesh.py
+	$(MAKE) collectives
 
 collectives: $(LIBTPU)  ## what the TPU compiler makes of a step on a mesh, against the table kept; no TPU needed
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m tests.sharding.collectives --check tests/sharding/collectives.txt

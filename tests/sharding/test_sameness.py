@@ -1,5 +1,7 @@
 """A run is the same on any mesh; `python -m tests.sharding.sameness` prints how close."""
 
+from collections.abc import Callable
+
 import pytest
 
 from sharding.config import AXES, written
@@ -46,8 +48,11 @@ def test_losses_and_gradients_are_those_of_one_device(case: str, sizes: dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "sizes"), MESHES, ids=[f"{case}: {written(sizes)}" for case, sizes in MESHES])
-def test_training_is_that_of_one_device(case: str, sizes: dict[str, int]) -> None:
+def test_training_is_that_of_one_device(
+    case: str, sizes: dict[str, int], record_property: Callable[[str, str], None]
+) -> None:
     good, line = compare(case, sizes, only_float64=False)
+    record_property("shown", f"{case + ': ' + written(sizes):72}{line}")
     assert good, line
 
 

@@ -101,7 +101,7 @@ MUTATIONS: tuple[tuple[Callable[[Patch], None], str, dict[str, int]], ...] = (
 def test_a_mistake_is_seen(mutation: Any, case: str, sizes: dict[str, int], monkeypatch: Patch) -> None:
     mesh = dict.fromkeys(AXES, 1) | sizes
     with jax.enable_x64(True):
-        alone_losses(case, "float64")  # before anything is broken
+        alone_losses(case)  # before anything is broken
     mutation(monkeypatch)
     good, line = compare(case, mesh, only_float64=True)
     assert not good, line
