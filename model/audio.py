@@ -14,7 +14,7 @@ from flax import nnx
 
 from model.config import AudioConfig, ModelConfig
 from model.encoder import NORM_EPS, Projection, encode_used, stacked_blocks, through
-from model.layers import LayerNorm, normal
+from model.layers import LayerNorm, table
 
 TAPS = 3
 """Inputs that an output of a convolution reads: 2i - 1, 2i and 2i + 1; before the first one stand zeros."""
@@ -49,7 +49,7 @@ class Audio(nnx.Module):
         self.config, self.audio = config, audio
         P, W, dtype = audio.tokens_per_window, audio.hidden_size, config.param_dtype
         self.convolutions = Convolutions(config, audio, rngs)
-        self.pos_embed = normal(rngs, (P, W), "- audio_width", W**-0.5, dtype)
+        self.pos_embed = table(rngs, (P, W), "- audio_width", config)
         self.blocks = stacked_blocks(config, audio, "audio", rngs)
         self.post_norm = LayerNorm(W, NORM_EPS, dtype)
 

@@ -61,6 +61,11 @@ def matrix(
     return normal(rngs, shape, dims, config.init_std or inputs**-0.5, config.param_dtype, exact)
 
 
+def table(rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, config: ModelConfig) -> nnx.Param:
+    """Embeddings, of tokens or positions, with the standard deviation that the config asks for; see `normal`."""
+    return normal(rngs, shape, dims, config.init_std or 1.0, config.param_dtype)
+
+
 def constant(shape: tuple[int, ...], value: float, dtype: str) -> nnx.Param:
     """A weight that starts at `value`; a vector, which no mesh splits."""
     return nnx.Param(jnp.full(shape, value, jnp.dtype(dtype)), dims=())

@@ -20,7 +20,7 @@ from model.blockwise import Tokens
 from model.cache import Cache, Cached, KeysValues, chunk_of, filled
 from model.config import LayerKind, ModelConfig
 from model.grouped_ffn import kernel_for
-from model.layers import constant, matrix, normal, pick, rms_norm, scan_stacked
+from model.layers import constant, matrix, pick, rms_norm, scan_stacked, table
 from model.moe import MoE, RouterBias, RouterStats, SwiGLU
 from model.vision import Vision, encode_used_tiles
 from sharding import stage
@@ -39,9 +39,6 @@ ALONE = Place()
 """One device, with all weights."""
 
 Encoder = TypeVar("Encoder", Vision, Audio)
-
-EMBED_STD = 1.0
-"""Standard deviation of the embedding table where init_std is 0."""
 
 
 def check_batch(batch: Batch, config: ModelConfig) -> None:
@@ -140,7 +137,7 @@ class Transformer(nnx.Module):
         self.config, self.place = config, place
         D, V, dtype = config.hidden_size, config.vocab_size, config.param_dtype
         kinds = config.super_block()
-        self.embed = normal(rngs, (V, D), "vocab width", config.init_std or EMBED_STD, dtype)
+        self.embed = table(rngs, (V, D), "vocab width", config)
 
         @nnx.split_rngs(splits=config.num_layers // len(kinds))
         @nnx.vmap

@@ -10,7 +10,7 @@ from flax import nnx
 
 from model.config import ModelConfig, VisionConfig
 from model.encoder import NORM_EPS, encode_used, stacked_blocks, through
-from model.layers import LayerNorm, matrix, normal, rope_frequencies, rotate_pairs
+from model.layers import LayerNorm, matrix, rope_frequencies, rotate_pairs, table
 
 
 def normalize_tiles(tiles: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -68,11 +68,11 @@ class Vision(nnx.Module):
 
     def __init__(self, config: ModelConfig, vision: VisionConfig, rngs: nnx.Rngs):
         self.config, self.vision = config, vision
-        W, std, dtype = vision.hidden_size, vision.hidden_size**-0.5, config.param_dtype
+        W, dtype = vision.hidden_size, config.param_dtype
         positions, pixels = vision.patches_per_side**2 + 1, 3 * vision.patch_size**2
         self.patch_embed = matrix(rngs, (pixels, W), "- vision_width", pixels, config)
-        self.class_embed = normal(rngs, (W,), "-", std, dtype)
-        self.pos_embed = normal(rngs, (positions, W), "- vision_width", std, dtype)
+        self.class_embed = table(rngs, (W,), "-", config)
+        self.pos_embed = table(rngs, (positions, W), "- vision_width", config)
         self.pre_norm = LayerNorm(W, NORM_EPS, dtype)
         self.post_norm = LayerNorm(W, NORM_EPS, dtype)
         self.blocks = stacked_blocks(config, vision, "vision", rngs)
