@@ -17,7 +17,9 @@ from data.units import Found, Unit
 MADE: dict[str, Kind] = {"scenes": "image", "clips": "video", "tones": "audio"}
 """Sources that are made on the spot, and the kind of file that their documents begin with."""
 HELD_OUT = 4096
-"""Held-out documents of each of them."""
+"""Held-out documents of each of them, which questions are asked about."""
+_HELD_OUT_READ = 1024
+"""How many of these are drawn or played in advance, for the held-out loss."""
 _MADE_OF_A_UNIT = 2048
 _FILES_OF_A_UNIT = 64
 _MADE_FOR_TOKENIZER = 2000
@@ -38,7 +40,7 @@ def plan(name: str, config: DataConfig, image: ImageSpec | None) -> list[Unit]:
         ]
     parameters = parameters_of(name, config, image)
     units = []
-    for first, count in ((0, int(getattr(config, name))), (drawn.HELD_OUT_START, HELD_OUT)):
+    for first, count in ((0, int(getattr(config, name))), (drawn.HELD_OUT_START, _HELD_OUT_READ)):
         units += [
             Unit("built in", name, name, start, min(start + _MADE_OF_A_UNIT, first + count), parameters=parameters)
             for start in range(first, first + count, _MADE_OF_A_UNIT)

@@ -89,15 +89,12 @@ def test_shapes_move_as_the_answers_say():
         frames = [np.asarray(frame) for frame in read_frames(encode(clip), TIMES[::FRAMES_PER_SECOND], "clip")]
         moved = direction_of(frames)
         asked = [ask for ask in questions(clip) if ask.attribute == "motion"]
-        assert len(asked) == 3
+        assert len(asked) == 2
         for ask in asked:
             assert set(ask.answers) == {moved, f"it moves {moved}"}
             assert ask.novel == ((clip.shape, moved) in NOVEL)
         places = [ask for ask in questions(clip) if ask.attribute == "place"]
-        for ask, frame in zip(places, frames, strict=True):
-            at = middle(frame)
-            if np.abs(at - SIDE / 2).min() > 4:  # else which half is hard to say
-                assert ask.answers[0] == place_of(at)
+        assert [ask.answers[0] for ask in places] == [place_of(middle(frames[0])), place_of(middle(frames[-1]))]
         x, y = (int(at) for at in clip.centre(0))
         if clip.shape != "ring":
             assert np.abs(frames[0][y, x].astype(int) - COLOURS[clip.colour]).max() < 60
@@ -108,8 +105,8 @@ def test_documents_ask_and_answer_truly():
         lines = text_of(clip, clip.index).splitlines()
         captions = [line for line in lines if "?" not in line]
         assert len(lines) == 5
-        assert [line.split(" a ", 1)[1] for line in captions] == [
-            f"{clip.colour} {clip.shape} that moves {clip.direction}."
+        assert [line.split(" something ", 1)[1] for line in captions] == [
+            f"that moves {clip.direction}, a {clip.colour} {clip.shape}."
         ]
         for line in lines:
             question, _, answer = line.partition("? ")
@@ -118,19 +115,19 @@ def test_documents_ask_and_answer_truly():
                 assert answer in ask.answers
 
 
-@pytest.mark.parametrize(("frame", "most"), [(0, 0.28), (FRAMES // 2, 0.15), (FRAMES - 1, 0.28)])
-def test_a_single_frame_says_little_of_which_way(frame, most):
-    """The best guess from where the shape is in one frame; three times chance, 37.5 %, is far above it."""
+@pytest.mark.parametrize(("frame", "expected"), [(0, 1 / 3), (FRAMES // 2, 5 / 12), (FRAMES - 1, 1 / 3)])
+def test_a_single_frame_does_not_say_which_way(frame, expected):
+    """The best guess from where the shape is in one frame; three times chance, 1/2, is above it."""
     places: dict[tuple[int, ...], Counter[str]] = defaultdict(Counter)
-    for i in range(40_000):
+    for i in range(20_000):
         clip = make_clip(0, i, SIDE)
-        places[tuple(int((at / SIDE - 0.08) / 0.84 * 8) for at in clip.centre(frame))][clip.direction] += 1
-    best = sum(max(ways.values()) for ways in places.values()) / 40_000
-    assert best < most
+        places[tuple(round(at / SIDE * 4) for at in clip.centre(frame))][clip.direction] += 1
+    best = sum(max(ways.values()) for ways in places.values()) / 20_000
+    assert best == pytest.approx(expected, abs=0.03)
 
 
 def test_another_size_scales_the_drawing():
     clip = make_clip(0, 3, 28)
     assert draw(clip, 0).size == (28, 28)
-    assert 0.25 * 28 < clip.size < 0.31 * 28
+    assert 0.33 * 28 < clip.size < 0.39 * 28
     assert abs(np.subtract(clip.centre(FRAMES - 1), clip.centre(0))).max() == pytest.approx(TRAVEL * 28)
