@@ -199,6 +199,18 @@ def test_lower_precision_is_as_exact_as_its_gradients(kind: Kind, student: str, 
     assert_close(jax.tree.map(np.float64, gradient), expected_gradient, rtol=tolerance, atol=tolerance)
 
 
+def test_the_gradient_is_accumulated_in_float32() -> None:
+    """600 blocks, each of which adds less than bfloat16 can tell from what is there."""
+    rng = np.random.default_rng(3)
+    vocabulary = 1200
+    arrays = (np.zeros((T, D)), rng.uniform(0.5, 1, (D, vocabulary)), np.zeros((T, E)), np.zeros((E, vocabulary)))
+    hidden, head, *teacher = (jnp.asarray(array, jnp.bfloat16) for array in arrays)
+    case = Case(hidden, head, teacher[0], teacher[1], np.zeros(T, int), np.ones(T), np.zeros(T))
+    _, (d_hidden, _) = found_of(case, "forward", 1.0, 2)
+    _, (expected, _) = expected_of(case, "forward", 1.0)
+    np.testing.assert_allclose(np.float64(d_hidden), expected, atol=4e-3)
+
+
 def extremes() -> Case:
     rng = np.random.default_rng(1)
     mild, wild = rng.normal(size=(6, V)), 1e4 * rng.normal(size=(6, V))

@@ -1,0 +1,147 @@
+"""Distillation losses and their gradient: over blocks of the vocabulary, beside all logits at once.
+
+    python -m benchmarks.distillation [--topology v5p:2x2x1] [--tokens 1024 4096 16384] [--block 4096]
+
+First the memory that the compiled program needs beside its arguments and results, with the vocabulary of Llama 4, student
+and teacher as wide as Scout (5,120) and Behemoth (16,384); nothing of that size is run. It is compiled for this machine's
+CPU in float32 (XLA's CPU backend slices bfloat16 by way of float32 copies of the whole head), or with --topology in
+bfloat16 for a TPU, which takes libtpu (`make collectives` installs it; PYTHONPATH=.venv/libtpu) and no TPU. Then times at a
+size that runs on this machine, in float32, pair by pair in turns.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+VOCABULARY, STUDENT, TEACHER = 202_048, 5_120, 16_384
+SMALL = (1_024, 16_384, 256, 512)
+"""Tokens, vocabulary, widths of student and teacher of what is run."""
+SMALL_BLOCK = 2_048
+PAIRS = 5
+TEMPERATURE = 2.0
+TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TF_CPP_MIN_LOG_LEVEL": "1",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", help="of TPUs, as libtpu names it; its first device is compiled for")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_024, 4_096, 16_384])
+    parser.add_argument("--block", type=int, default=4_096)
+    options = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu"} | (TPU if options.topology else {})
+
+    import jax
+    from jax.experimental import topologies
+
+    from model.distillation import Kind, distillation_losses
+
+    device, dtype = jax.devices()[0], "float32"
+    if options.topology:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+        device, dtype = topology.devices[0], "bfloat16"
+
+    def in_blocks(kind: Kind, block: int) -> Any:
+        return lambda *arrays: distillation_losses(*arrays, kind=kind, temperature=TEMPERATURE, block=block)[:2]
+
+    print(f"compiled for {device.device_kind}, {dtype}, vocabulary {VOCABULARY:,}, blocks of {options.block:,}; MiB\n")
+    print(f"{'tokens':>7} {'divergence':>15} {'at once':>9} {'in blocks':>10} {'ratio':>6}")
+    kinds: tuple[Kind, ...] = ("forward", "reverse", "jensen_shannon")
+    for tokens in options.tokens:
+        for kind in kinds:
+            shapes = tokens, VOCABULARY, STUDENT, TEACHER
+            plain, blocks = (
+                compiled(losses, shapes, dtype, device).memory_analysis().temp_size_in_bytes
+                for losses in (at_once(kind), in_blocks(kind, options.block))
+            )
+            print(f"{tokens:>7,} {kind:>15} {plain >> 20:>9,} {blocks >> 20:>10,} {plain / blocks:>5.0f}x", flush=True)
+
+    device = jax.devices()[0]
+    print(
+        f"\nrun on {device.device_kind}, float32: {SMALL[0]:,} tokens, vocabulary {SMALL[1]:,}, blocks of {SMALL_BLOCK:,}"
+    )
+    print(f"\n{'divergence':>15} {'at once':>10} {'in blocks':>10} {'time x':>7}")
+    for kind in kinds:
+        programs = [
+            compiled(losses, SMALL, "float32", device) for losses in (at_once(kind), in_blocks(kind, SMALL_BLOCK))
+        ]
+        pairs = measure(programs)
+        plain, blocks = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(second / first for first, second in pairs)
+        print(f"{kind:>15} {1e3 * plain:>7.0f} ms {1e3 * blocks:>7.0f} ms {ratio:>7.2f}", flush=True)
+
+
+def at_once(kind: str) -> Any:
+    """(student's hidden and head, teacher's, targets) -> cross-entropy and divergence, with every logit."""
+    import jax
+    import jax.numpy as jnp
+
+    def losses(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, targets: Any) -> Any:
+        student = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        teacher = jnp.matmul(teacher_hidden, teacher_head, preferred_element_type=jnp.float32)
+        log_p, log_q = (jax.nn.log_softmax(logits / TEMPERATURE) for logits in (teacher, student))
+        if kind == "forward":
+            divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+        elif kind == "reverse":
+            divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=1)
+        else:
+            log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+            divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m), axis=1) / 2
+        target = jnp.take_along_axis(student, targets[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(student, axis=1) - target, TEMPERATURE**2 * divergence
+
+    return losses
+
+
+def compiled(losses: Any, shapes: tuple[int, ...], dtype: str, device: Any) -> Any:
+    """The losses' sum and its gradient with respect to the student."""
+    import jax
+    import jax.numpy as jnp
+
+    tokens, vocabulary, student, teacher = shapes
+    here = jax.sharding.SingleDeviceSharding(device)
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+        for shape in ((tokens, student), (student, vocabulary), (tokens, teacher), (teacher, vocabulary))
+    ]
+    targets = jax.ShapeDtypeStruct((tokens,), "int32", sharding=here)
+
+    def total(*arrays: Any) -> Any:
+        cross_entropy, divergence = losses(*arrays)
+        return jnp.sum(cross_entropy + divergence)
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*arrays, targets).compile()
+
+
+def measure(programs: list[Any]) -> list[tuple[float, ...]]:
+    """Seconds of each program, in pairs one after the other."""
+    import jax
+
+    tokens, vocabulary, student, teacher = SMALL
+    keys = jax.random.split(jax.random.key(0), 5)
+    widths = ((tokens, student), (student, vocabulary), (tokens, teacher), (teacher, vocabulary))
+    arrays = [jax.random.normal(key, shape) / shape[0] ** 0.5 for key, shape in zip(keys[:4], widths, strict=True)]
+    arrays.append(jax.random.randint(keys[4], (tokens,), 0, vocabulary))
+    for program in programs:
+        jax.block_until_ready(program(*arrays))
+    pairs = []
+    for _ in range(PAIRS):
+        times = []
+        for program in programs:
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arrays))
+            times.append(time.perf_counter() - start)
+        pairs.append(tuple(times))
+    return pairs
+
+
+if __name__ == "__main__":
+    main()
