@@ -1,5 +1,7 @@
 """A digest is of what a model is fed of a segment and of nothing else; keys differ where their inputs do."""
 
+import hashlib
+import struct
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,24 @@ def test_whatever_else_changes_the_digest_changes(seed: int) -> None:
     assert len(seen) == 3 + changes
 
 
+def test_a_digest_is_what_the_page_on_the_format_says() -> None:
+    tokens, targets = [5, 9, 9, 9, 7, 7, 2], [0, 0, 0, 7, 0, 2, 0]
+    tile, window = np.arange(48, dtype=np.uint8).reshape(4, 4, 3), np.linspace(0, 1, 10, dtype=np.float32).reshape(5, 2)
+    batch = {
+        "tokens": np.array([[1, 1, *tokens]]),
+        "targets": np.array([[1, 1, *targets]]),
+        "segment_ids": np.array([[0, 0, *[3] * 7]]),
+        "image_positions": np.array([[[-1, -1, -1], [3, 4, 5]]]),
+        "image_tiles": np.array([[tile * 0, tile]]),
+        "audio_positions": np.array([[[6, 7, -1]]]),
+        "audio_frames": np.array([[window]]),
+    }
+    written = struct.pack("<QQ", len(RECIPE), 7) + RECIPE + struct.pack("<14i", *tokens, *targets)
+    written += b"image_tiles 1;" + struct.pack("<4Q3i", 3, 4, 4, 3, 1, 2, 3) + bytes(range(48))
+    written += b"audio_frames 1;" + struct.pack("<3Q3i", 3, 5, 2, 4, 5, -1) + struct.pack("<10f", *window.ravel())
+    assert digest_of(batch) == hashlib.blake2b(written, digest_size=16, person=b"segment").digest()
+
+
 def test_tokens_and_targets_and_media_are_told_apart() -> None:
     base: Batch = {"segment_ids": np.ones((1, 2), int)}
     one = digest_of(base | {"tokens": np.array([[1, 2]]), "targets": np.array([[3, 4]])})
@@ -190,8 +210,6 @@ def test_the_batches_of_the_pipeline_are_cut_into_their_documents(scenes_only) -
 
 
 def slow_key(digest: bytes, offset: int, recipe: bytes) -> tuple[int, int]:
-    import hashlib
-
     words = hashlib.blake2b(recipe, digest_size=16, key=digest, person=b"token keys").digest()
     a, b = int.from_bytes(words[:8], "little"), int.from_bytes(words[8:], "little")
 

@@ -1,0 +1,357 @@
+"""A teacher's targets on disk, found again by the digest of a segment. `docs/TARGET_CACHE.md` has the format.
+
+CACHE/header.json           whose targets of what, and how they were drawn
+CACHE/NNNNNN.array_record   a shard of records, in the order in which they were written
+CACHE/NNNNNN.index          its index; a shard without one is unfinished, and does not count
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from data.target_index import SUFFIX, Progress, ShardIndex, halves, sync_folder
+from data.target_records import DIGEST_BYTES, Damaged, RecordFormat, Targets, decode
+from sharding.errors import UserError
+
+FORMAT = 1
+OPEN_SHARDS = 128
+"""That a reader keeps open, each with a file descriptor."""
+NOTES = 20
+"""Damaged records that a reader keeps the names of."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What all targets of a cache have in common."""
+
+    teacher: Mapping[str, Any]
+    """Who it is: its name, the digest of its weights or the step of its checkpoint, ..."""
+    tokenizer: str
+    """Its digest."""
+    vocab_size: int
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    """What decides how documents become what a model is fed."""
+    draws: int = 0
+    """Of each token; 0 with `top_k`."""
+    top_k: int = 0
+    temperature: float = 1.0
+    """Of the teacher's distribution that the targets are of."""
+    proposal: float = 1.0
+    """Temperature of what is drawn from, relative to that; unless it is 1, records have importance weights."""
+
+    @property
+    def record_format(self) -> RecordFormat:
+        weighted = self.top_k > 0 or self.proposal != 1
+        return RecordFormat(self.vocab_size, self.draws, self.top_k, weighted)
+
+    @property
+    def recipe(self) -> bytes:
+        """How targets are drawn, for `token_keys`."""
+        names = ("draws", "proposal", "temperature", "top_k")
+        return _canonical({name: getattr(self, name) for name in names})
+
+    @property
+    def segment_recipe(self) -> bytes:
+        """How documents become what a model is fed, for `segment_digests`."""
+        return _canonical({"preprocessing": dict(self.preprocessing), "tokenizer": self.tokenizer})
+
+    @property
+    def digest(self) -> bytes:
+        """Of all fields."""
+        return hashlib.blake2b(_canonical(asdict(self)), digest_size=DIGEST_BYTES).digest()
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The header of a cache.
+
+        Raises:
+            UserError: there is none, or it is damaged or of a newer format.
+        """
+        path = folder / "header.json"
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            found, checksum = fields.pop("format"), fields.pop("checksum")
+            if isinstance(found, int) and found > FORMAT:
+                raise UserError(f"{path}: found format {found}, expected at most {FORMAT}. Use a newer Drover.")
+            header = cls(**fields)
+            if found != FORMAT or header.digest.hex() != checksum:
+                raise ValueError("the checksum does not fit the fields")
+            _ = header.record_format  # raises ValueError for what cannot be
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: found no header.json, expected a cache of targets. `drover teach --out {folder}` makes one."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}). Copy it again.") from error
+        return header
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder, unless another process has: then it must be the same.
+
+        Raises:
+            UserError: the folder has another one.
+        """
+        path = folder / "header.json"
+        if not path.exists():
+            text = json.dumps({"format": FORMAT, **asdict(self), "checksum": self.digest.hex()}, indent=2)
+            beside = folder / f".header.json.{os.getpid()}.{os.urandom(4).hex()}"
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(beside, path)  # unlike a rename, never over that of another process
+            except (FileExistsError, FileNotFoundError):  # another was faster, and may have removed this as a leftover
+                pass
+            except OSError:  # a file system without links
+                os.replace(beside, path)
+            beside.unlink(missing_ok=True)
+            sync_folder(folder)
+        found = self.read(folder)
+        if found.digest != self.digest:
+            raise UserError(
+                f"{path}: {_difference(found, self)}. The cache was begun for something else: give another folder."
+            )
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _difference(found: Header, expected: Header) -> str:
+    ours, theirs = asdict(found), asdict(expected)
+    return "; ".join(
+        f"{name}: found {ours[name]!r}, expected {theirs[name]!r}"
+        for name in ours
+        if _canonical(ours[name]) != _canonical(theirs[name])
+    )
+
+
+def finished_shards(folder: Path, cache: bytes, verify: bool = True) -> list[tuple[Path, ShardIndex]]:
+    """The finished shards of a folder, by number.
+
+    Raises:
+        UserError: one is missing, truncated, damaged or of another cache.
+    """
+    found = []
+    paths = [path for path in folder.iterdir() if re.fullmatch(r"\d{6,}" + re.escape(SUFFIX), path.name)]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
+        index, shard = ShardIndex.open(path, verify), path.with_suffix(".array_record")
+        again = f"Copy it again; or remove it and {path.name}, and `drover teach` makes them again."
+        if index.facts.cache != cache:
+            raise UserError(f"{path}: is of another cache than {folder / 'header.json'}. Remove it and {shard.name}.")
+        try:
+            size = shard.stat().st_size
+        except FileNotFoundError:
+            raise UserError(f"{shard}: is missing, though its index is there. {again}") from None
+        if size != index.facts.file_bytes:
+            raise UserError(f"{shard}: found {size:,} bytes, expected {index.facts.file_bytes:,}. {again}")
+        found.append((shard, index))
+    return found
+
+
+class TargetCache:
+    """Reads a cache. Use it in a `with`, or close it.
+
+    Attributes:
+        header: of the cache.
+        counts: segments `found`, `missing` and `damaged` so far.
+        notes: what was wrong with damaged records, the first of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        missing: Literal["fail", "hard"] = "fail",
+        *,
+        tokenizer: str | None = None,
+        teacher: Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
+        verify: bool = True,
+    ):
+        """
+        Args:
+            folder: of the cache.
+            missing: whether a segment that is missing or damaged raises, or is None and counted.
+            tokenizer: digest of the one that the student has.
+            teacher: what the header must say of it, or a part of that.
+            preprocessing: of the student's data.
+            vocab_size: of the student.
+            verify: compare the checksums of the indexes, which reads them.
+
+        Raises:
+            UserError: the cache is not what was expected, or is missing or damaged.
+        """
+        self.header = header = Header.read(folder)
+        self._folder, self._missing, self._form = folder, missing, header.record_format
+        path = folder / "header.json"
+        if tokenizer is not None and tokenizer != header.tokenizer:
+            raise UserError(
+                f"{path}: tokenizer: found {header.tokenizer}, expected {tokenizer}, that of the student's data. Teacher and "
+                "student need the same one."
+            )
+        for name, value in (teacher or {}).items():
+            if _canonical(header.teacher.get(name)) != _canonical(value):
+                raise UserError(
+                    f"{path}: teacher.{name}: found {header.teacher.get(name)!r}, expected {value!r}. Give the cache of "
+                    "that teacher, or expect this one."
+                )
+        if preprocessing is not None and _canonical(dict(preprocessing)) != _canonical(dict(header.preprocessing)):
+            raise UserError(
+                f"{path}: preprocessing: found {dict(header.preprocessing)}, expected {dict(preprocessing)}. No segment "
+                "would be found: use the teacher's options of the data, or make a cache with these."
+            )
+        self._shards = finished_shards(folder, header.digest, verify)
+        for shard, index in self._shards:
+            if vocab_size is not None and index.facts.largest_id >= vocab_size:
+                raise UserError(
+                    f"{shard}: holds id {index.facts.largest_id:,}, expected ids below the student's vocab_size of "
+                    f"{vocab_size:,}. Raise it to the teacher's {header.vocab_size:,}."
+                )
+        self._readers: OrderedDict[int, Any] = OrderedDict()
+        self.counts = {"found": 0, "missing": 0, "damaged": 0}
+        self.notes: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self):
+        return _reopened, (self._folder, self._missing)
+
+    def close(self) -> None:
+        while self._readers:
+            _close(self._readers.popitem()[1])
+
+    def get(self, digests: Sequence[bytes]) -> list[Targets | None]:
+        """The targets of these segments.
+
+        Raises:
+            UserError: with `missing` "fail", a segment is missing or its record damaged.
+        """
+        shards, places = self._find(digests)
+        if (absent := np.flatnonzero(shards < 0)).size:
+            if self._missing == "fail":
+                raise UserError(
+                    f"{self._folder}: has no targets for segment {digests[absent[0]].hex()}, and {absent.size:,} of "
+                    f"{len(digests):,} asked for. Was it made from the same data, with the same preprocessing, to the end? "
+                    "`drover teach` goes on with it; or let missing segments fall back to hard targets."
+                )
+            self.counts["missing"] += absent.size
+        found: list[Targets | None] = [None] * len(digests)
+        for shard in np.unique(shards[shards >= 0]).tolist():
+            wanted = np.flatnonzero(shards == shard).tolist()
+            records = self._read(shard, [int(places[i]) for i in wanted])
+            for i, record in zip(wanted, records, strict=True):
+                try:
+                    if isinstance(record, Exception):
+                        raise Damaged(str(record))
+                    found[i] = decode(record, self._form, digests[i])
+                    self.counts["found"] += 1
+                except Damaged as error:
+                    self._tell(f"{self._shards[shard][0]}: record {places[i]} is damaged ({error})")
+        return found
+
+    def _find(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, place in it) of each, int64; -1 for those that no shard has."""
+        shards, places = np.full(len(digests), -1), np.full(len(digests), -1)
+        high, low = halves(digests)
+        left = np.arange(len(digests))
+        for number, (_, index) in enumerate(self._shards):
+            if not left.size:
+                break
+            at = index.find(high[left], low[left])
+            here = left[at >= 0]
+            shards[here], places[here] = number, index.places[at[at >= 0]]
+            left = left[at < 0]
+        return shards, places
+
+    def _read(self, shard: int, places: list[int]) -> list[bytes | Exception]:
+        try:
+            return self._reader(shard).read(places)
+        except Exception as error:  # whatever the library makes of damaged bytes
+            if len(places) == 1:
+                return [error]
+        return [record for place in places for record in self._read(shard, [place])]  # the others may be whole
+
+    def _reader(self, shard: int) -> Any:
+        if shard not in self._readers:
+            from array_record.python.array_record_module import ArrayRecordReader
+
+            if len(self._readers) >= OPEN_SHARDS:
+                _close(self._readers.popitem(last=False)[1])
+            self._readers[shard] = ArrayRecordReader(str(self._shards[shard][0]), "readahead_buffer_size:0")
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
+
+    def _tell(self, note: str) -> None:
+        if self._missing == "fail":
+            raise UserError(
+                f"{note}. Copy the file again; or remove it and its index, and `drover teach` makes them again; or let "
+                "damaged records fall back to hard targets."
+            )
+        self.counts["damaged"] += 1
+        if len(self.notes) < NOTES:
+            self.notes.append(note)
+
+
+def _reopened(folder: Path, missing: Literal["fail", "hard"]) -> TargetCache:
+    """In another process: what was checked once is not checked again."""
+    return TargetCache(folder, missing, verify=False)
+
+
+def _close(reader: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # of a damaged shard, which reading has told of
+        reader.close()
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a cache holds, in numbers.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    header = Header.read(folder)
+    shards = finished_shards(folder, header.digest)
+    facts = [index.facts for _, index in shards]
+    progress = Progress.of([index for _, index in shards])
+    pairs = [np.column_stack([index.high, index.low]) for _, index in shards]
+    distinct = len(np.unique(np.concatenate(pairs), axis=0)) if pairs else 0
+    tokens = np.concatenate([np.zeros(0, np.uint32), *(index.tokens for _, index in shards)])
+    finished = {shard.name for shard, _ in shards}
+    index_bytes = sum(shard.with_suffix(SUFFIX).stat().st_size for shard, _ in shards)
+    file_bytes = sum(f.file_bytes for f in facts) + index_bytes
+    return {
+        "teacher": dict(header.teacher),
+        "tokenizer": header.tokenizer,
+        "vocabulary": header.vocab_size,
+        "recipe": json.loads(header.recipe),
+        "preprocessing": dict(header.preprocessing),
+        "segments": distinct,
+        "repeated segments": progress.records - distinct,
+        "tokens": progress.tokens,
+        "tokens of a segment": {
+            name: round(float(value), 1)
+            for name, value in zip(("least", "median", "most"), np.quantile(tokens, (0, 0.5, 1)), strict=True)
+        }
+        if len(tokens)
+        else {},
+        "ids of a token": round(sum(f.ids for f in facts) / max(progress.tokens, 1), 2),
+        "bytes of records": progress.bytes,
+        "bytes of files": file_bytes,
+        "bytes of a token": round(file_bytes / max(progress.tokens, 1), 2),
+        "shards": len(shards),
+        "unfinished shards": sum(path.name not in finished for path in folder.glob("[0-9]*.array_record")),
+    }

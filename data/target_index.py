@@ -1,0 +1,164 @@
+"""The index of one shard of a target cache: digests of its segments, sorted, with their places. Mapped from disk.
+
+Letters: R records of the shard.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from data.target_records import DIGEST_BYTES
+from sharding.errors import UserError
+
+SUFFIX = ".index"
+MAGIC = b"targets1"
+_HEAD = struct.Struct("<8s16s6QII")
+"""Magic, `ShardFacts`, checksum of the arrays, checksum of what stands before it."""
+_ARRAYS = (("high", "<u8"), ("low", "<u8"), ("places", "<u4"), ("tokens", "<u4"))
+
+
+class Entry(NamedTuple):
+    """A record, in the order in which they were written."""
+
+    digest: bytes
+    tokens: int
+
+
+class ShardFacts(NamedTuple):
+    """What an index says of its shard as a whole."""
+
+    cache: bytes
+    """Digest of the cache's header."""
+    records: int
+    tokens: int
+    ids: int
+    largest_id: int
+    record_bytes: int
+    """Of the records alone."""
+    file_bytes: int
+    """Of the shard's file."""
+
+
+class ShardIndex(NamedTuple):
+    """The arrays [R], sorted by digest."""
+
+    facts: ShardFacts
+    high: np.ndarray
+    """uint64, the first half of the digest as a big-endian number."""
+    low: np.ndarray
+    places: np.ndarray
+    """uint32, in the shard."""
+    tokens: np.ndarray
+    """uint32, of each segment."""
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = True) -> Self:
+        """The index in this file.
+
+        Args:
+            path: of the index.
+            verify: read all of it, to compare its checksum.
+
+        Raises:
+            UserError: it cannot be read or is damaged.
+        """
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEAD.size)
+                size = os.fstat(file.fileno()).st_size
+            if (
+                len(head) < _HEAD.size
+                or head[:8] != MAGIC
+                or zlib.crc32(head[:-4]) != int.from_bytes(head[-4:], "little")
+            ):
+                raise ValueError("its beginning is not that of an index")
+            _, *fields, checksum, _ = _HEAD.unpack(head)
+            facts = ShardFacts(*fields)
+            expected = _HEAD.size + facts.records * sum(np.dtype(dtype).itemsize for _, dtype in _ARRAYS)
+            if size != expected or not facts.records:
+                raise ValueError(f"found {size:,} bytes, expected {expected:,}")
+            raw = np.memmap(path, np.uint8, "r").view(np.ndarray)[_HEAD.size :]  # plain arrays are searched faster
+            if verify and zlib.crc32(raw.data) != checksum:
+                raise ValueError("the checksum does not fit the bytes")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: is damaged ({error}). Copy it again; or remove it and its shard, and `drover teach` makes them "
+                "again."
+            ) from error
+        arrays, at = {}, 0
+        for name, dtype in _ARRAYS:
+            stop = at + facts.records * np.dtype(dtype).itemsize
+            arrays[name], at = raw[at:stop].view(dtype), stop
+        return cls(facts, **arrays)
+
+    def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        """int64: which entries have these digests, -1 for those that none has."""
+        at = np.searchsorted(self.high, high)
+        while True:  # most often once: first halves that are equal are rare
+            last = np.minimum(at, len(self.high) - 1)
+            alike = (at < len(self.high)) & (self.high[last] == high)
+            found = alike & (self.low[last] == low)
+            if not (others := alike & ~found).any():
+                return np.where(found, at, -1)
+            at = at + others
+
+
+class Progress(NamedTuple):
+    """Of records."""
+
+    records: int
+    tokens: int
+    bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / max(self.tokens, 1)
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardIndex]) -> Self:
+        facts = [shard.facts for shard in shards]
+        return cls(*(sum(getattr(f, name) for f in facts) for name in ("records", "tokens", "record_bytes")))
+
+
+def write_index(
+    path: Path, cache: bytes, entries: Sequence[Entry], ids: int, largest_id: int, sizes: tuple[int, int]
+) -> None:
+    """Writes the index of a shard, whole or not at all; `sizes` are `record_bytes` and `file_bytes`."""
+    high, low = halves([entry.digest for entry in entries])
+    order = np.lexsort((low, high))
+    tokens = np.array([entry.tokens for entry in entries], np.int64)
+    arrays = {"high": high, "low": low, "places": np.arange(len(entries)), "tokens": tokens}
+    body = b"".join(arrays[name][order].astype(dtype).tobytes() for name, dtype in _ARRAYS)
+    head = _HEAD.pack(MAGIC, cache, len(entries), int(tokens.sum()), ids, largest_id, *sizes, zlib.crc32(body), 0)[:-4]
+    write_whole(path, head + zlib.crc32(head).to_bytes(4, "little") + body)
+
+
+def halves(digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The two halves of digests as numbers, uint64."""
+    joined = np.frombuffer(b"".join(digests), ">u8").reshape(-1, DIGEST_BYTES // 8)
+    return joined[:, 0].astype(np.uint64), joined[:, 1].astype(np.uint64)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

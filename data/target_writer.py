@@ -1,0 +1,211 @@
+"""Writes the cache of a teacher's targets: any number of processes, each of which may be killed at any moment.
+
+CACHE/NNNNNN.array_record   process i of n writes the shards i, i + n, i + 2n, ...
+CACHE/NNNNNN.index          comes last, whole: with it the shard counts
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from data.shards import shard_name
+from data.target_cache import Header, finished_shards
+from data.target_index import SUFFIX, Entry, Progress, ShardIndex, halves, write_index
+from data.target_records import Targets, encode
+from sharding.errors import UserError
+
+SHARD_BYTES = 128 * 2**20
+_SHARD_OPTIONS = "group_size:1,uncompressed"
+
+
+class TargetWriter:
+    """Writes a cache, or goes on with one. Use it in a `with`: left by an error, it drops the shard that it is at.
+
+    Any number of processes may write at the same time, each with its own number. A process that is killed loses the shard
+    that it is at; if the same segments come in the same order again, the files will be the same as if nothing had happened.
+
+    Attributes:
+        found: what the folder held at the start, of all processes.
+        written: by this process since.
+    """
+
+    def __init__(
+        self, folder: Path, header: Header, process: int = 0, processes: int = 1, shard_bytes: int = SHARD_BYTES
+    ):
+        """
+        Args:
+            folder: of the cache; made if it is not there.
+            header: of the cache; must be the same in all processes.
+            process: number of this one.
+            processes: how many write.
+            shard_bytes: a shard has records of this size at most, or one.
+
+        Raises:
+            UserError: the folder is the cache of something else, damaged, written by another process with this number, or
+                cannot be written.
+        """
+        if not 0 <= process < processes:
+            raise ValueError(f"process {process} of {processes}")
+        self._folder, self._header, self._form = folder, header, header.record_format
+        self._process, self._processes, self._shard_bytes = process, processes, shard_bytes
+        self._shard: _Shard | None = None
+        with self._plainly():
+            folder.mkdir(parents=True, exist_ok=True)
+            header.write(folder)
+            self._remove_leftovers()
+            self._shards = [shard for _, shard in finished_shards(folder, header.digest)]
+        self.found, self.written = Progress.of(self._shards), Progress(0, 0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish_shard()
+        elif self._shard is not None:
+            self._shard.drop()
+
+    def done(self, digests: Sequence[bytes]) -> np.ndarray:
+        """bool: which segments need not be done again. Of other processes it knows what they had finished at the start."""
+        done = np.array([self._shard is not None and digest in self._shard.digests for digest in digests], bool)
+        high, low = halves(digests)
+        for shard in self._shards:
+            done |= shard.find(high, low) >= 0
+        return done
+
+    def add(self, digests: Sequence[bytes], targets: Sequence[Targets]) -> np.ndarray:
+        """Adds the targets of segments; bool, which of them were not there already.
+
+        Many at a time: each call looks into the index of every shard.
+
+        Raises:
+            ValueError: the targets are not what the header says.
+            UserError: the folder cannot be written.
+        """
+        fresh = ~self.done(digests)
+        added: set[bytes] = set()
+        for i, (digest, each) in enumerate(zip(digests, targets, strict=True)):
+            fresh[i] &= digest not in added
+            if fresh[i]:
+                self._add(digest, each)
+                added.add(digest)
+        return fresh
+
+    def _add(self, digest: bytes, targets: Targets) -> None:
+        record = encode(digest, targets, self._form)
+        if self._shard is not None and self._shard.record_bytes + len(record) > self._shard_bytes:
+            self.finish_shard()
+        with self._plainly():
+            if self._shard is None:
+                self._shard = self._new_shard()
+            self._shard.write(digest, targets, record)
+        self.written = Progress(*(a + b for a, b in zip(self.written, (1, targets.tokens, len(record)), strict=True)))
+
+    def finish_shard(self) -> None:
+        """From here on, what was added counts. Called of itself where a shard is full, and at the end."""
+        if self._shard is not None:
+            with self._plainly():
+                self._shards.append(self._shard.finish(self._header.digest))
+            self._shard = None
+
+    def progress(self) -> Progress:
+        """Found and written together."""
+        return Progress(*(a + b for a, b in zip(self.found, self.written, strict=True)))
+
+    def _new_shard(self) -> "_Shard":
+        number = self._process
+        while (lock := _created(self._folder / shard_name(number))) is None:
+            number += self._processes
+        return _Shard(self._folder / shard_name(number), lock)
+
+    def _remove_leftovers(self) -> None:
+        """Removes what was left by a process that was killed: shards without an index, and files half written."""
+        for path in sorted(self._folder.glob("[0-9]*.array_record")):
+            number = int(path.stem)
+            if number % self._processes == self._process and not path.with_suffix(SUFFIX).exists():
+                lock = _locked(path, os.O_RDWR)
+                if lock is None:
+                    raise UserError(
+                        f"{path}: is being written by another process. End that one first; or give each process a number "
+                        "of its own."
+                    )
+                if not path.with_suffix(SUFFIX).exists():  # it may have come before the lock was free
+                    path.with_name(f".{path.stem}{SUFFIX}").unlink(missing_ok=True)
+                    path.unlink()
+                os.close(lock)
+        for path in self._folder.glob(".header.json.*"):
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _plainly(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter, of a full disk too
+            raise UserError(
+                f"{self._folder}: cannot be written ({getattr(error, 'strerror', None) or error}). Make room, or give another "
+                "folder; the same command goes on where it was stopped."
+            ) from error
+
+
+def _created(path: Path) -> int | None:
+    """A new file, locked; None if there is one."""
+    try:
+        return _locked(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return None
+
+
+def _locked(path: Path, flags: int) -> int | None:
+    """A descriptor that keeps others from locking the file until it is closed; None if another process has."""
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+class _Shard:
+    """A shard that is being written. Until its index is there, it does not count."""
+
+    def __init__(self, path: Path, lock: int):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._path, self._lock = path, lock
+        self._writer = ArrayRecordWriter(str(path), _SHARD_OPTIONS)
+        self._entries: list[Entry] = []
+        self._ids = self._largest = 0
+        self.digests: set[bytes] = set()
+        self.record_bytes = 0
+
+    def write(self, digest: bytes, targets: Targets, record: bytes) -> None:
+        self._writer.write(record)
+        self._entries.append(Entry(digest, targets.tokens))
+        self.digests.add(digest)
+        self._ids += len(targets.ids)
+        self._largest = max(self._largest, int(targets.ids.max(initial=0)))
+        self.record_bytes += len(record)
+
+    def finish(self, cache: bytes) -> ShardIndex:
+        self._writer.close()
+        os.fsync(self._lock)
+        path, size = self._path.with_suffix(SUFFIX), os.fstat(self._lock).st_size
+        write_index(path, cache, self._entries, self._ids, self._largest, (self.record_bytes, size))
+        os.close(self._lock)
+        return ShardIndex.open(path)
+
+    def drop(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._writer.close()
+        if not self._path.with_suffix(SUFFIX).exists():  # what failed may have come after it
+            self._path.with_name(f".{self._path.stem}{SUFFIX}").unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+        os.close(self._lock)
