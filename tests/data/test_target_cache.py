@@ -236,6 +236,21 @@ def _header_of(folder: Path) -> Path:
         return folder / "header.json"
 
 
+def test_each_process_has_its_own_numbers_of_shards(tmp_path) -> None:
+    for process in (1, 1, 0):
+        with TargetWriter(tmp_path, HEADER, process, 3) as writer:
+            for i in range(2):
+                each = process * 10 + writer.found.records + i
+                writer.add([digest(each)], [targets(each)])
+                writer.finish_shard()
+    assert sorted(path.stem for path in tmp_path.glob("*.index")) == [
+        "000000",
+        "000001",
+        "000003",
+        *("000004", "000007", "000010"),
+    ]
+
+
 def test_two_processes_with_one_number_are_refused(tmp_path) -> None:
     with TargetWriter(tmp_path, HEADER) as writer:
         writer.add([digest(0)], [targets(0)])
@@ -404,6 +419,18 @@ def test_an_index_that_is_not_verified_leads_to_no_wrong_targets(cache) -> None:
             found = reader.get(DIGESTS)
             assert all(each is None or same(each, i) for i, each in enumerate(found))
             assert sum(each is None for each in found) == reader.counts["missing"] + reader.counts["damaged"] <= 13
+
+
+def test_a_record_of_another_segment_is_not_taken_for_the_one_asked_for(cache) -> None:
+    path = cache / "000001.index"
+    data, index = path.read_bytes(), ShardIndex.open(path)
+    at, R = 80 + 16 * index.facts.records, index.facts.records
+    path.write_bytes(data[:at] + index.places[::-1].tobytes() + data[at + 4 * R :])
+    with TargetCache(cache, "hard", verify=False) as reader:
+        found = reader.get(DIGESTS)
+        assert reader.counts["damaged"] == R - R % 2
+        assert all(each is None or same(each, i) for i, each in enumerate(found))
+        assert "found the record of segment" in reader.notes[0]
 
 
 def test_damaged_records_are_named_and_the_others_still_come(cache) -> None:
