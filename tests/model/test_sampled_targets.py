@@ -1,0 +1,388 @@
+"""Sparse targets and the losses on them against numpy's inverse transform and the computation that builds every logit."""
+
+import functools
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from model import sampled_targets
+from model.sampled_targets import Recipe, Targets, draw_targets, sparse_losses
+from model.vocab_loss import token_losses
+from sharding.mesh import DeviceMesh
+
+T, D, V = 11, 6, 40
+DRAWS = Recipe(draws=9, temperature=1.0, proposal=1.0, top_k=0)
+FLATTER = Recipe(draws=9, temperature=2.0, proposal=0.5, top_k=0)
+TOP = Recipe(draws=0, temperature=2.0, proposal=1.0, top_k=6)
+RECIPES = pytest.mark.parametrize("recipe", [DRAWS, FLATTER, TOP], ids=["draws", "flatter", "top"])
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def teacher(tokens: int = T, vocabulary: int = V, scale: float = 1.5) -> tuple[Any, ...]:
+    """hidden, head, targets, keys."""
+    rng = np.random.default_rng(tokens + vocabulary)
+    hidden, head = rng.normal(size=(tokens, D)), scale * rng.normal(size=(D, vocabulary))
+    return hidden, head, rng.integers(0, vocabulary, tokens), keys(tokens)
+
+
+drawn = jax.jit(draw_targets, static_argnames=("recipe", "block", "place"))
+sparse_loss = jax.jit(sparse_losses, static_argnames=("temperature", "tail", "block", "place"))
+
+
+def keys(count: int, seed: int = 0) -> Any:
+    return jax.random.key_data(jax.random.split(jax.random.key(seed, impl="threefry2x32"), count))
+
+
+def on_tensor_axis(devices: int, function: Any, inputs: Any, outputs: Any) -> Any:
+    """`function(place)` compiled for a tensor axis; "head" marks what is split by vocabulary."""
+    mesh = DeviceMesh.of(jax.devices()[:devices], {"tensor": devices})
+    specs = [jax.tree.map(lambda kind: P(None, "tensor") if kind == "head" else P(), t) for t in (inputs, outputs)]
+    run = jax.shard_map(function(mesh.place), mesh=mesh.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    return jax.jit(run)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    mass = np.exp(logits - logits.max(-1, keepdims=True))
+    return mass / mass.sum(-1, keepdims=True)
+
+
+@functools.cache
+def words(count: int, draws: int) -> np.ndarray:
+    """Of the first `count` keys, [count, N, 2]."""
+    typed = jax.random.split(jax.random.key(0, impl="threefry2x32"), count)
+    return np.asarray(jax.vmap(lambda key: jax.random.bits(key, (draws, 2), jnp.uint32))(typed))
+
+
+def uniforms(count: int, draws: int) -> np.ndarray:
+    whole = (words(count, draws) >> 9).astype(np.float64)
+    return whole[..., 0] / 2**23 + (whole[..., 1] + 0.5) / 2**46
+
+
+def obvious(hidden: Any, head: Any, targets: Any, recipe: Recipe) -> list[Any]:
+    """`Targets` of one token after another."""
+    rows, u_TN = [], uniforms(len(targets), recipe.draws)
+    for logits, target, u_N in zip(hidden @ head, targets, u_TN, strict=True):
+        p, cold = softmax(logits / recipe.temperature), softmax(logits)
+        if recipe.top_k:
+            counts = dict.fromkeys(np.argsort(-logits, kind="stable")[: recipe.top_k].tolist(), 1)
+            weights = {i: p[i] for i in counts}
+        else:
+            q = softmax(recipe.proposal * logits / recipe.temperature)
+            ids = np.searchsorted(np.cumsum(q), u_N, side="right")
+            counts = Counter(ids.tolist())
+            weights = {i: n / recipe.draws * p[i] / q[i] for i, n in counts.items()}
+        ids = sorted(counts)
+        free = recipe.slots - len(ids)
+        facts = np.log(cold[target]), -np.sum(cold * np.log(cold)), np.argmax(logits) == target
+        listed = ([of[i] for i in ids] + [0] * free for of in (weights, counts))
+        rows.append((ids + [-1] * free, *listed, *facts))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def assert_same(got: Any, want: Any) -> None:
+    for name, g, w in zip(Targets._fields, got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+@RECIPES
+@pytest.mark.parametrize("block", [7, 10, 64])
+def test_targets_are_those_of_the_inverse_transform(recipe: Recipe, block: int) -> None:
+    hidden, head, targets, keys_T = teacher(100)
+    targets[:50] = np.argmax(hidden @ head, axis=1)[:50]
+    got = drawn(hidden, head, targets, keys_T, recipe, block=block)
+    assert (got.ids_TK.dtype, got.counts_TK.dtype, got.correct_T.dtype) == (jnp.int32, jnp.int32, bool)
+    assert_same(got, obvious(hidden, head, targets, recipe))
+
+
+@RECIPES
+def test_a_token_is_drawn_alike_in_any_company(recipe: Recipe) -> None:
+    hidden, head, targets, keys_T = teacher(40)
+    rows = np.random.default_rng(0).permutation(40)[:25]
+    together = drawn(hidden, head, targets, keys_T, recipe, block=16)
+    apart = drawn(hidden[rows], head, targets[rows], keys_T[rows], recipe, block=16)
+    assert_same(apart, [column[rows] for column in together])
+
+
+@RECIPES
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_tensor_axis_draws_the_same(recipe: Recipe, devices: int) -> None:
+    arrays = teacher(100)
+    draw = functools.partial(drawn, recipe=recipe, block=7)
+    run = on_tensor_axis(devices, lambda place: functools.partial(draw, place=place), ("", "head", "", ""), "")
+    assert_same(run(*arrays), draw(*arrays))
+
+
+def test_more_draws_begin_with_the_fewer() -> None:
+    few, more = sampled_targets._uniforms(keys(3), 4, float), sampled_targets._uniforms(keys(3), 16, float)
+    for f, m in zip(few, more, strict=True):
+        np.testing.assert_array_equal(f, m[:, :4])
+    for single, double in zip(sampled_targets._uniforms(keys(3), 16, jnp.float32), more, strict=True):
+        np.testing.assert_array_equal(single.astype(float), double)
+
+
+def test_cumulative_sums_give_no_place_to_ids_of_no_mass() -> None:
+    rng = np.random.default_rng(0)
+    mass = jnp.asarray(rng.random((50, 4096)) ** 8 * (rng.random((50, 4096)) < 0.3), jnp.float32)
+
+    def steps_without_mass(sums: Any) -> int:
+        return int(jnp.sum((jnp.diff(sums, axis=1) != 0) & (mass[:, 1:] == 0)))
+
+    sums = sampled_targets._cumulative(mass)
+    assert steps_without_mass(sums) == 0 and bool(jnp.all(jnp.diff(sums, axis=1) >= 0))
+    np.testing.assert_allclose(sums, np.cumsum(mass, axis=1, dtype=float), rtol=1e-5)
+    assert steps_without_mass(jnp.cumsum(mass, axis=1)) > 100  # what rounding does otherwise
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("dtype", [jnp.float32, float])
+def test_the_ends_of_the_unit_interval_are_ids_with_a_probability(devices: int, dtype: Any) -> None:
+    """Uniform numbers as small and as large as they come, with ids of no probability before and after and between."""
+    vocabulary, rng = 4000, np.random.default_rng(0)
+    logits = np.full((8, vocabulary), -1e4)
+    for row, count in enumerate((1, 2, 3, 10, 100, 500, 1000, 1500)):
+        likely = rng.choice(np.arange(200, 3700), count, replace=False)
+        logits[row, likely] = 3 * rng.normal(size=count)
+    head = jnp.asarray(logits, dtype)
+    hidden = jnp.eye(8, dtype=dtype)
+    ends = np.array([0, 1, 2**23 - 2, 2**23 - 1])
+    edges = tuple(jnp.asarray(np.broadcast_to(x, (8, 4)), dtype) for x in (ends / 2**23, (ends + 0.5) / 2**46))
+
+    def ids(place: Any) -> Any:
+        def run(hidden: Any, head: Any) -> Any:
+            _, sums = sampled_targets._through(
+                lambda carry, part: (carry, sampled_targets._sums(part.logits_Tb, (1.0,))),
+                None,
+                hidden,
+                head,
+                300,
+                place,
+            )
+            return sampled_targets._drawn(hidden, head, edges, 1.0, sums, 300, place)[0]
+
+        return run
+
+    got = np.asarray(on_tensor_axis(devices, ids, ("", "head"), "")(hidden, head))
+    likely = [np.flatnonzero(row > -1e3) for row in logits]
+    np.testing.assert_array_equal(got[:, 0], [row[0] for row in likely])
+    np.testing.assert_array_equal(got[:, 3], [row[-1] for row in likely])
+    assert all(np.isin(g, row).all() for g, row in zip(got, likely, strict=True))
+    many = Recipe(draws=2000, temperature=1.0, proposal=1.0, top_k=0)
+    targets = drawn(hidden, head, jnp.zeros(8, int), keys(8), many, block=300)
+    for g, row in zip(targets.ids_TK, likely, strict=True):
+        assert np.isin(np.asarray(g), [*row, -1]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, float])
+@pytest.mark.parametrize("recipe", [DRAWS, FLATTER, Recipe(1, 1.0, 1.0, 0), Recipe(1, 3.0, 0.5, 0)])
+def test_extreme_teachers(dtype: Any, recipe: Recipe) -> None:
+    hidden = jnp.asarray([[1.0], [1e4], [0.0], [-1e4]], dtype)
+    head = jnp.asarray([[3.0, 3.0, 2.0, 1.0, -1.0]], dtype)  # of the second the first two alone, of the third all alike
+    got = drawn(hidden, head, jnp.asarray([0, 1, 2, 4]), keys(4), recipe, block=512)
+    assert all(bool(jnp.all(jnp.isfinite(column))) for column in got)
+    np.testing.assert_array_equal(got.counts_TK.sum(axis=1), recipe.draws)
+    assert set(np.asarray(got.ids_TK[1]).tolist()) <= {-1, 0, 1}
+    np.testing.assert_array_equal(got.ids_TK[3], [4] + [-1] * (recipe.draws - 1))
+    np.testing.assert_allclose(got.weights_TK[1:].sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(got.entropy_T[1:], np.log([2, 5, 1]), rtol=1e-6)
+    np.testing.assert_allclose(got.target_log_prob_T[1:], -np.log([2, 5, 1]), rtol=1e-6)
+    assert bool(jnp.all(got.correct_T))
+    losses = sparse_loss(
+        hidden, head, jnp.asarray([0, 1, 2, 4]), got.ids_TK, got.weights_TK, temperature=1.0, tail=True, block=2
+    )
+    for loss in losses:
+        np.testing.assert_allclose(loss[1:], np.log([2, 5, 1]), rtol=1e-6)
+
+
+def test_more_likely_ids_than_there_are() -> None:
+    hidden, head, targets, keys_T = teacher(5, 8)
+    top = Recipe(draws=0, temperature=1.0, proposal=1.0, top_k=10)
+    got = drawn(hidden, head, targets, keys_T, top, block=3)
+    assert_same(got, obvious(hidden, head, targets, top))
+    np.testing.assert_allclose(got.weights_TK.sum(axis=1), 1)
+    run = on_tensor_axis(
+        4, lambda place: functools.partial(drawn, recipe=top, block=3, place=place), ("", "head", "", ""), ""
+    )
+    assert_same(run(hidden, head, targets, keys_T), got)
+
+
+def test_of_ids_alike_the_first_are_the_most_likely() -> None:
+    got = drawn(np.ones((1, 1)), np.zeros((1, 9)), np.zeros(1, int), keys(1), TOP, block=4)
+    np.testing.assert_array_equal(got.ids_TK, [range(6)])
+
+
+@RECIPES
+def test_no_gradient_goes_to_the_teacher(recipe: Recipe) -> None:
+    hidden, head, targets, keys_T = teacher()
+
+    def total(hidden: Any, head: Any) -> Any:
+        got = drawn(hidden, head, targets, keys_T, recipe, block=16)
+        return jnp.sum(got.weights_TK) + jnp.sum(got.target_log_prob_T + got.entropy_T)
+
+    for gradient in jax.grad(total, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(head)):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def full_losses(hidden: Any, head: Any, targets: Any, ids: Any, weights: Any, temperature: float, tail: bool) -> Any:
+    logits = hidden @ head
+    cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+    log_q = jax.nn.log_softmax(logits / temperature)
+    soft = []
+    for row, ids_K, weights_K in zip(log_q, ids, weights, strict=True):
+        loss = -sum(weight * row[i] for i, weight in zip(ids_K, weights_K, strict=True) if i >= 0)
+        others = np.setdiff1d(np.arange(len(row)), ids_K)
+        if tail and len(others):
+            loss -= (1 - weights_K[ids_K >= 0].sum()) * jax.nn.logsumexp(row[others])
+        soft.append(temperature**2 * loss)
+    return cross_entropy, jnp.stack(soft)
+
+
+def sparse(tokens: int = T, vocabulary: int = V, slots: int = 5) -> tuple[Any, Any]:
+    """ids and weights; the first token has none, the second has all slots, others have some in between."""
+    rng = np.random.default_rng(slots)
+    ids, weights = np.full((tokens, slots), -1), rng.random((tokens, slots)) / slots
+    for row, used in enumerate([0, slots, *rng.integers(1, slots + 1, tokens - 2)]):
+        ids[row, :used] = np.sort(rng.choice(vocabulary, used, replace=False))
+    return ids, np.where(ids >= 0, weights, 0)
+
+
+CASES = pytest.mark.parametrize("temperature, tail", [(2.5, False), (2.5, True), (1.0, True)])
+
+
+def values_and_gradients(losses: Any, hidden: Any, head: Any) -> Any:
+    rng = np.random.default_rng(0)
+    scales = rng.normal(size=(2, T))
+
+    def total(hidden: Any, head: Any) -> Any:
+        both = losses(hidden, head)
+        return sum(jnp.sum(scale * loss) for scale, loss in zip(scales, both, strict=True)), both
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(jnp.asarray(hidden), jnp.asarray(head))
+
+
+@CASES
+@pytest.mark.parametrize("block", [7, 64])
+def test_losses_and_gradients_equal_the_full_computation(temperature: float, tail: bool, block: int) -> None:
+    hidden, head, targets, _ = teacher()
+    ids, weights = sparse()
+
+    def in_blocks(hidden: Any, head: Any) -> Any:
+        return sparse_loss(hidden, head, targets, ids, weights, temperature=temperature, tail=tail, block=block)
+
+    got = values_and_gradients(in_blocks, hidden, head)
+    want = values_and_gradients(lambda h, w: full_losses(h, w, targets, ids, weights, temperature, tail), hidden, head)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got[0][1][0], token_losses(jnp.asarray(hidden), head, targets, 4), rtol=1e-12)
+
+
+@CASES
+@pytest.mark.parametrize("devices", [2, 4])
+def test_losses_and_gradients_on_a_tensor_axis(temperature: float, tail: bool, devices: int) -> None:
+    hidden, head, targets, _ = teacher()
+    ids, weights = sparse()
+    losses = functools.partial(sparse_loss, temperature=temperature, tail=tail, block=7)
+
+    def on_one(place: Any) -> Any:
+        def run(hidden: Any, head: Any) -> Any:
+            def part(hidden: Any, head: Any) -> Any:
+                both = losses(hidden, head, targets, ids, weights, place=place)
+                return [loss / place.copies for loss in both]
+
+            (total, both), (d_hidden, d_head) = values_and_gradients(part, hidden, head)
+            return place.joined((total, both, d_hidden)), d_head
+
+        return run
+
+    (total, both, d_hidden), d_head = on_tensor_axis(devices, on_one, ("", "head"), (("", ["", ""], ""), "head"))(
+        hidden, head
+    )
+    want = values_and_gradients(lambda h, w: list(losses(h, w, targets, ids, weights)), hidden, head)
+    got = (total, both), (d_hidden, d_head)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tail_of_next_to_nothing_keeps_its_digits() -> None:
+    """1 - sum of q rounds to 0 here, in float32 and float64, or is the difference of numbers all but equal."""
+    logits = np.array([[60.0, 0.0, 1.0, -3.0], [14.0, 0.0, 1.0, -3.0], [150.0, 0.0, 1.0, -3.0]])
+    want = 0.25 * (logits[:, 0] - np.log(np.exp(logits[:, 1:]).sum(axis=1)))  # of -log q the rest is below rounding
+
+    def total(hidden: Any, head: Any) -> Any:
+        ids, weights, targets = jnp.zeros((3, 1), int), jnp.full((3, 1), 0.75), jnp.zeros(3, int)
+        soft = sparse_loss(hidden, head, targets, ids, weights, temperature=1.0, tail=True, block=3)[1]
+        return jnp.sum(soft), soft
+
+    tail = softmax(logits[:, 1:])
+    for dtype in (jnp.float32, float):
+        arrays = jnp.eye(3, dtype=dtype), jnp.asarray(logits, dtype)
+        gradient, soft = jax.grad(total, argnums=1, has_aux=True)(*arrays)
+        np.testing.assert_allclose(soft, want, rtol=1e-5)
+        np.testing.assert_allclose(gradient[:, 1:], -0.25 * tail, rtol=1e-4)
+
+
+def test_ids_that_are_all_there_are_leave_no_tail() -> None:
+    hidden, head, targets, _ = teacher(T, 5)
+    ids, p = np.broadcast_to(np.arange(5), (T, 5)), softmax(hidden @ head)
+    losses = functools.partial(sparse_loss, temperature=1.0, block=2)
+    for weights in (p, 0.9 * p):
+        with_tail, without = (
+            values_and_gradients(lambda h, w, t=t, p=weights: losses(h, w, targets, ids, p, tail=t), hidden, head)
+            for t in (True, False)
+        )
+        for one, other in zip(jax.tree.leaves(with_tail), jax.tree.leaves(without), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_is_added_up_in_float32() -> None:
+    hidden, head, targets, keys_T = teacher()
+    half = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+    got = drawn(*half, targets, keys_T, FLATTER, block=16)
+    exact = drawn(*(array.astype(float) for array in half), targets, keys_T, FLATTER, block=16)
+    assert (got.weights_TK.dtype, got.entropy_T.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(got.ids_TK, exact.ids_TK)
+    np.testing.assert_allclose(got.weights_TK, exact.weights_TK, rtol=1e-5)
+    np.testing.assert_allclose(got.entropy_T, exact.entropy_T, rtol=1e-5)
+
+    def losses(hidden: Any, head: Any) -> Any:
+        kept = exact.ids_TK, exact.weights_TK
+        return sparse_loss(hidden, head, targets, *kept, temperature=2.0, tail=False, block=16)
+
+    (_, both), gradients = values_and_gradients(losses, *half)
+    assert {loss.dtype for loss in both} == {jnp.dtype(jnp.float32)}
+    assert {gradient.dtype for gradient in gradients} == {jnp.dtype(jnp.bfloat16)}
+    (_, want), d_want = values_and_gradients(losses, *(array.astype(float) for array in half))
+    for g, w in zip(both, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5)
+    for g, w in zip(gradients, d_want, strict=True):
+        np.testing.assert_allclose(g.astype(float), w, rtol=0.03, atol=0.03)
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    tokens, vocabulary, slots = 1024, 16384, 32
+    shapes = (((tokens, D), jnp.float32), ((D, vocabulary), jnp.float32), ((tokens,), jnp.int32))
+    hidden, head, targets = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
+    ids, weights = (jax.ShapeDtypeStruct((tokens, slots), dtype) for dtype in (jnp.int32, jnp.float32))
+    keys_T = jax.ShapeDtypeStruct((tokens, 2), jnp.uint32)
+
+    def temporaries(function: Any, *arrays: Any) -> int:
+        return jax.jit(function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes  # pyright: ignore
+
+    def total(hidden: Any, head: Any, targets: Any, ids: Any, weights: Any) -> Any:
+        both = sparse_loss(hidden, head, targets, ids, weights, temperature=2.0, tail=True, block=256)
+        return jnp.sum(both[0] + both[1])
+
+    full = tokens * vocabulary * 4
+    assert temporaries(jax.grad(total, argnums=(0, 1)), hidden, head, targets, ids, weights) < full / 8
+    for recipe in (FLATTER, TOP):
+        draw = functools.partial(drawn, recipe=recipe, block=256)
+        assert temporaries(draw, hidden, head, targets, keys_T) < full / 8
