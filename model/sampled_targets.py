@@ -274,11 +274,11 @@ def _drawn(
     B, T = mass_BT.shape
     all_BT = jnp.zeros((B * place.copies, T), mass_BT.dtype)
     all_BT = place.joined(lax.dynamic_update_slice_in_dim(all_BT, mass_BT, place.first("tensor", B), 0))
-    ends_TB = _cumulative((all_BT / jnp.sum(all_BT, axis=0)).T)
+    sums_TB = _cumulative(all_BT.T)
+    ends_TB = sums_TB / sums_TB[:, -1:]
     starts_TB = jnp.pad(ends_TB, ((0, 0), (1, 0)))
-    # The last block with a mass has no end, wherever rounding put it: every draw is in some block.
-    ends_TB = jnp.where(ends_TB < ends_TB[:, -1:], ends_TB, jnp.inf)
-    block_TN = _search(ends_TB, coarse_TN + fine_TN)
+    # The last block with a mass is open at its end, for a draw that is rounded to 1: every draw is in some block.
+    block_TN = _search(jnp.where(sums_TB < sums_TB[:, -1:], ends_TB, jnp.inf), coarse_TN + fine_TN)
     start_TN, end_TN = (jnp.take_along_axis(starts_TB, block_TN + i, axis=1) for i in (0, 1))
     # Relative to its block a draw has more digits than relative to the whole.
     within_TN = jnp.maximum((coarse_TN - start_TN) + fine_TN, 0) / (end_TN - start_TN)

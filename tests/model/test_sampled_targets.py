@@ -40,7 +40,7 @@ drawn = fast(draw_targets, static_argnames=("recipe", "block"))
 
 
 def keys(count: int, seed: int = 0) -> Any:
-    return jax.random.key_data(jax.random.split(jax.random.key(seed, impl="threefry2x32"), count))
+    return np.random.default_rng(seed).integers(0, 2**32, (count, 2), dtype=np.uint32)
 
 
 def on_tensor_axis(devices: int, function: Any, inputs: Any, outputs: Any) -> Any:
@@ -58,9 +58,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def words(count: int, draws: int) -> np.ndarray:
-    """Of the first `count` keys, [count, N, 2]."""
-    typed = jax.random.split(jax.random.key(0, impl="threefry2x32"), count)
-    return np.asarray(jax.vmap(lambda key: jax.random.bits(key, (draws, 2), jnp.uint32))(typed))
+    """Of so many keys, [count, N, 2]."""
+    typed = jax.random.wrap_key_data(keys(count), impl="threefry2x32")
+    return np.asarray(fast(jax.vmap(lambda key: jax.random.bits(key, (draws, 2), jnp.uint32)))(typed))
 
 
 def uniforms(count: int, draws: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_a_token_is_drawn_alike_in_any_company(recipe: Recipe) -> None:
     assert_same(apart, [column[rows] for column in together])
 
 
-@pytest.mark.parametrize("recipe, devices", [(DRAWS, 4), (FLATTER, 2), (FLATTER, 4), (TOP, 4)])
+@pytest.mark.parametrize("recipe, devices", [(FLATTER, 2), (FLATTER, 4), (TOP, 4)])
 def test_a_tensor_axis_draws_the_same(recipe: Recipe, devices: int) -> None:
     arrays = teacher(100)
     draw = functools.partial(draw_targets, recipe=recipe, block=7)
@@ -121,11 +121,12 @@ def test_a_tensor_axis_draws_the_same(recipe: Recipe, devices: int) -> None:
 
 
 def test_more_draws_begin_with_the_fewer() -> None:
-    uniforms = fast(sampled_targets._uniforms, static_argnums=(1, 2))
-    few, more = uniforms(keys(3), 4, float), uniforms(keys(3), 16, float)
+    numbers = fast(sampled_targets._uniforms, static_argnums=(1, 2))
+    few, more = numbers(keys(3), 4, float), numbers(keys(3), 16, float)
     for f, m in zip(few, more, strict=True):
         np.testing.assert_array_equal(f, m[:, :4])
-    for single, double in zip(uniforms(keys(3), 16, jnp.float32), more, strict=True):
+    np.testing.assert_array_equal(more[0] + more[1], uniforms(3, 16))
+    for single, double in zip(numbers(keys(3), 16, jnp.float32), more, strict=True):
         np.testing.assert_array_equal(single.astype(float), double)
 
 
@@ -140,6 +141,8 @@ def test_cumulative_sums_give_no_place_to_ids_of_no_mass() -> None:
     assert steps_without_mass(sums) == 0 and bool(jnp.all(jnp.diff(sums, axis=1) >= 0))
     np.testing.assert_allclose(sums, np.cumsum(mass, axis=1, dtype=float), rtol=1e-5)
     assert steps_without_mass(jnp.cumsum(mass, axis=1)) > 100  # what rounding does otherwise
+    between = sampled_targets._search(jnp.asarray([[0, 0, 0.5, 0.5, 1, 1]]), jnp.asarray([[0, 0.25, 0.5, 0.75]]))
+    np.testing.assert_array_equal(between, [[2, 2, 4, 4]])
 
 
 @pytest.mark.parametrize("devices, dtype", [(4, jnp.float32), (1, float)])
@@ -174,10 +177,6 @@ def test_the_ends_of_the_unit_interval_are_ids_with_a_probability(devices: int, 
     np.testing.assert_array_equal(got[:, 0], [row[0] for row in likely])
     np.testing.assert_array_equal(got[:, 3], [row[-1] for row in likely])
     assert all(np.isin(g, row).all() for g, row in zip(got, likely, strict=True))
-    many = Recipe(draws=2000, temperature=1.0, proposal=1.0, top_k=0)
-    targets = drawn(hidden, head, jnp.zeros(8, int), keys(8), many, block=300)
-    for g, row in zip(targets.ids_TK, likely, strict=True):
-        assert np.isin(g, np.append(row, -1)).all()
 
 
 @pytest.mark.parametrize("recipe, dtype", [(FLATTER, jnp.float32), (Recipe(1, 1.0, 1.0, 0), float)])
@@ -215,12 +214,11 @@ def test_of_ids_alike_the_first_are_the_most_likely() -> None:
     np.testing.assert_array_equal(got.ids_TK, [range(6)])
 
 
-@pytest.mark.parametrize("recipe", [FLATTER, TOP])
-def test_no_gradient_goes_to_the_teacher(recipe: Recipe) -> None:
+def test_no_gradient_goes_to_the_teacher() -> None:
     hidden, head, targets, keys_T = teacher()
 
     def total(hidden: Any, head: Any) -> Any:
-        got = draw_targets(hidden, head, targets, keys_T, recipe, block=16)
+        got = draw_targets(hidden, head, targets, keys_T, FLATTER, block=16)
         return jnp.sum(got.weights_TK) + jnp.sum(got.target_log_prob_T + got.entropy_T)
 
     for gradient in fast(jax.grad(total, argnums=(0, 1)))(hidden, head):
@@ -246,12 +244,12 @@ def assert_equal(got: Any, want: Any) -> None:
 
 
 def sparse(tokens: int = T, vocabulary: int = V, slots: int = 5) -> tuple[Any, Any]:
-    """ids and weights; the first token has none, the second has all slots, others have some in between."""
+    """ids and weights, also where no id is; the first token has none, the second fills its slots."""
     rng = np.random.default_rng(slots)
     ids, weights = np.full((tokens, slots), -1), rng.random((tokens, slots)) / slots
     for row, used in enumerate([0, slots, *rng.integers(1, slots + 1, tokens - 2)]):
         ids[row, :used] = np.sort(rng.choice(vocabulary, used, replace=False))
-    return ids, np.where(ids >= 0, weights, 0)
+    return ids, weights
 
 
 def with_gradients(losses: Any) -> Any:
@@ -277,8 +275,7 @@ def full_computation(temperature: float, tail: bool) -> Any:
     return values_and_gradients(lambda h, w: full_losses(h, w, targets, ids, weights, temperature, tail), hidden, head)
 
 
-@pytest.mark.parametrize("temperature, tail", [(2.5, False), (2.5, True), (1.0, True)])
-@pytest.mark.parametrize("block", [7, 64])
+@pytest.mark.parametrize("temperature, tail, block", [(2.5, False, 7), (2.5, True, 7), (1.0, True, 64)])
 def test_losses_and_gradients_equal_the_full_computation(temperature: float, tail: bool, block: int) -> None:
     hidden, head, targets, _ = teacher()
     ids, weights = sparse()
@@ -288,10 +285,10 @@ def test_losses_and_gradients_equal_the_full_computation(temperature: float, tai
 
     got = values_and_gradients(in_blocks, hidden, head)
     assert_equal(got, full_computation(temperature, tail))
-    np.testing.assert_allclose(got[0][1][0], token_losses(jnp.asarray(hidden), head, targets, 4), rtol=1e-12)
+    np.testing.assert_allclose(got[0][1][0], fast(token_losses, static_argnums=3)(hidden, head, targets, 4), rtol=1e-12)
 
 
-@pytest.mark.parametrize("devices, temperature, tail", [(2, 2.5, True), (4, 2.5, True), (4, 2.5, False)])
+@pytest.mark.parametrize("devices, temperature, tail", [(2, 2.5, False), (4, 2.5, True)])
 def test_losses_and_gradients_on_a_tensor_axis(devices: int, temperature: float, tail: bool) -> None:
     hidden, head, targets, _ = teacher()
     ids, weights = sparse()
@@ -406,7 +403,7 @@ class Little:
         self.input: Any = rng.normal(size=(TOKENS, INPUT))
         self.targets: Any = rng.integers(0, WORDS, TOKENS)
         self.teacher = self.hidden(theirs), theirs["head"]
-        p_TV = softmax(self.teacher[0] @ self.teacher[1] / WARM)
+        self.p_TV = p_TV = softmax(self.teacher[0] @ self.teacher[1] / WARM)
 
         def divergence(weights: Any) -> Any:
             log_q_TV = jax.nn.log_softmax(self.hidden(weights) @ weights["head"] / WARM)
@@ -482,6 +479,6 @@ def test_the_most_likely_ids_are_a_biased_target(little: Little) -> None:
         (top.weights_TK, True),
     ):
         assert min(little.distances(little.gradients(top.ids_TK, weights, tail), errors)) > 8
-    everything = little.draw(Recipe(0, WARM, 1.0, WORDS), samples=1)
-    for name, gradient in little.gradients(everything.ids_TK, everything.weights_TK).items():
+    ids = np.broadcast_to(np.arange(WORDS), little.p_TV.shape)
+    for name, gradient in little.gradients(ids[None], little.p_TV[None]).items():
         np.testing.assert_allclose(gradient[0], little.full[name], rtol=1e-10, atol=1e-12)
