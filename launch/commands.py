@@ -28,7 +28,17 @@ _DIRECTORY: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 
 def add_commands(subparsers: Any) -> dict[str, Command]:
     """Adds every command to argparse's `subparsers`; returns their parsers by name."""
-    makers = (_add_train, _add_config, _add_inspect, _add_generate, _add_score, _add_import, _add_export, _add_report)
+    makers = (
+        _add_train,
+        _add_teach,
+        _add_config,
+        _add_inspect,
+        _add_generate,
+        _add_score,
+        _add_import,
+        _add_export,
+        _add_report,
+    )
     return dict(maker(subparsers) for maker in makers) | add_data_commands(subparsers)
 
 
@@ -79,6 +89,41 @@ def _train(arguments: argparse.Namespace) -> None:
 def _leave(arguments: argparse.Namespace) -> None:
     if arguments.watch:
         arguments.watch.leave()
+
+
+def _add_teach(subparsers: Any) -> tuple[str, Command]:
+    teach = subparsers.add_parser(
+        "teach",
+        run=_teach,
+        usage="drover teach --config FILE --out CACHE [--part I/N] [--config.NAME=VALUE ...]",
+        help="let the teacher of a run say once what students learn from it, and keep that",
+        description="Runs the teacher (distill.teacher) over the batches of a student's run and keeps its targets: "
+        "distill.draws of each token. Students read them with --config.distill.source=cache --config.distill.cache=CACHE. "
+        "The same command goes on where it was stopped.",
+        epilog=OVERRIDES,
+    )
+    teach.flag("--config", required=True, **_FILE)
+    teach.flag("--out", required=True, **_DIRECTORY, help="folder of the cache")
+    teach.flag(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="the Ith of N shares of the work, which N commands do (default: 1/1)",
+    )
+    return "teach", teach
+
+
+def _teach(arguments: argparse.Namespace) -> None:
+    from launch.config_file import load_run
+
+    part, _, parts = arguments.part.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise UserError(f"--part: found {arguments.part}, expected I/N with I from 1 to N, such as 1/4")
+    run = load_run(arguments.config, arguments.overrides)
+    environment.prepare(arguments.traceback)
+    from trainer.teach import teach
+
+    teach(run, arguments.out, int(part) - 1, int(parts))
 
 
 def _add_config(subparsers: Any) -> tuple[str, Command]:

@@ -65,6 +65,85 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """What a student learns from a teacher, beside the next token."""
+
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"draws", "top_k"})
+
+    teacher: str = ""
+    """Run directory, one of its checkpoints, or directory of Hugging Face Llama 4 safetensors: the teacher's weights. Not
+    read where targets come from a cache."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the teacher's weights and of what it computes."""
+    source: Literal["mesh", "cache"] = "mesh"
+    """Where targets come from: the teacher computes beside the student, on its mesh; or it has computed before, and
+    `drover teach` kept what it said."""
+    cache: str = ""
+    """Folder that `drover teach` wrote, for source="cache"."""
+    missing: Literal["fail", "hard"] = "fail"
+    """What happens to a segment that the cache lacks or that is damaged there: the run ends, or learns the next token alone
+    from it, which is counted."""
+    draws: int = 0
+    """Draws from the teacher's distribution that are a token's target: their mean gradient is that of the whole distribution
+    (arXiv 2503.16870). 0 for the whole distribution, which needs the teacher on the mesh."""
+    proposal: float = 1.0
+    """Draws come from the teacher's distribution to this power, with importance weights; 1 draws from itself."""
+    top_k: int = 0
+    """Instead of draws: the likeliest ids and the mass of all others; a biased target. 0 for none."""
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """KL of the teacher's distribution from the student's, of the student's from the teacher's, or the mean of both from
+    their mean. Draws know the first alone."""
+    temperature: float = 1.0
+    """Both distributions are softmax(logits / temperature), and their divergence counts temperature squared times, so that
+    its gradient keeps its size (arXiv 1503.02531)."""
+    soft_weight: float = 0.5
+    """Weight w of the divergence at the start; the next-token loss has 1 - w."""
+    final_soft_weight: float | None = None
+    """Weight of the divergence at the end of the run; None keeps soft_weight throughout."""
+    soft_schedule: Literal["linear", "cosine"] = "linear"
+    """How the weight goes from soft_weight to final_soft_weight."""
+    adapt: Literal["none", "confidence", "correct", "gap"] = "none"
+    """What the weight of a token is multiplied by. confidence: 1 - entropy of the teacher / log of the vocabulary; correct: 1
+    where the teacher's likeliest token is the target, else 0; gap: p / (p + q) with the teacher's and the student's
+    probability of the target. (Ours: no published rule.)"""
+    block_vocabulary: int = 4096
+    """Token ids whose logits exist at the same time in the loss, forward and backward."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a token's target is a few ids instead of the whole distribution."""
+        return bool(self.draws or self.top_k)
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.teacher and self.source == "mesh":
+            yield "teacher", "found nothing, expected a run directory, a checkpoint or a Hugging Face directory"
+        if self.source == "cache":
+            if not self.cache:
+                yield "cache", "found nothing, expected a folder that `drover teach` wrote, with source='cache'"
+            if not self.sparse:
+                yield (
+                    "draws",
+                    "found 0, as top_k is; expected 1 or more of one of them: a cache keeps no whole distribution",
+                )
+        if self.draws and self.top_k:
+            yield "top_k", f"found {self.top_k} beside draws={self.draws}, expected one of them to be 0"
+        if self.sparse and self.divergence != "forward":
+            yield (
+                "divergence",
+                f"found {self.divergence!r}, expected 'forward' with draws or top_k: the gradient of others is not linear in "
+                "the teacher's distribution, so a few ids of it would bias them",
+            )
+        if self.proposal != 1 and not self.draws:
+            yield "proposal", f"found {self.proposal}, expected 1 without draws"
+        for name in ("temperature", "proposal"):
+            if not getattr(self, name):
+                yield name, "found 0, expected more than 0"
+        for name in ("soft_weight", "final_soft_weight"):
+            if (getattr(self, name) or 0) > 1:
+                yield name, f"found {getattr(self, name)}, expected 0 to 1"
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
@@ -133,6 +212,8 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distill: DistillConfig | None = None
+    """Learning from a teacher; None for the next-token loss alone."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init: InitConfig = field(default_factory=InitConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

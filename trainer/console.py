@@ -78,6 +78,13 @@ class Console:
             lines["mesh"] = f"{facts['mesh']}; {facts['mesh_memory']}"
         if "parameters" in facts:
             lines["parameters"] = f"{count(facts['parameters'])}, {count(facts['active_parameters'])} active per token"
+        lines["teacher"] = facts.get("teacher")
+        if facts.get("teacher_parameters"):
+            lines["teacher"] = (
+                f"{facts['teacher']}; {count(facts['teacher_parameters'])} parameters, "
+                f"{compact(facts['teacher_flops_per_token'], 'FLOPs')} a token beside "
+                f"{compact(facts['flops_per_token'], 'FLOPs')} of the student's step"
+            )
         lines["data"] = f"{data}; digest {facts['data_digest']}" if "data_digest" in facts else data
         lines["starts from"] = facts.get("initialised_from")
         if "time_to_first_step_s" in facts:
@@ -168,6 +175,7 @@ class Console:
         # The fields stand in the same columns in every line, so that the eye can run down them.
         fields = [
             f"{self._step(record['step'])}  train     {losses}",
+            *(f"from teacher {x:.4f}" for x in _present(record, "soft")),
             *(f"lr {x:.2e}" for x in _present(record, "learning_rate")),
             *(f"grad {x:<7.3f}" for x in _present(record, "grad_norm")),
             *(f"{compact(x):>7} tok/s" for x in _present(record, "time/tokens_per_s")),
@@ -193,6 +201,12 @@ class Console:
         bits = [f"{value:.3f} bits/byte" for value in _present(held_out, "text_bits_per_byte")]
         at = [(f"at step {held_out['step']}", "dim")] if held_out else []
         row("held-out", *(f"{name} {value:.4f}" for name, value in _losses(held_out)), *bits, *at)
+        row(
+            "teacher",
+            *(f"divergence {x:.4f}" for x in _present(train, "soft")),
+            *(f"its weight {x:.2f}" for x in _present(train, "soft_weight")),
+            *(f"the teacher's loss {x:.4f}" for x in _present(train, "teacher_loss")),
+        )
         row(
             "optimizer",
             *(f"learning rate {x:.2e}" for x in _present(train, "learning_rate")),

@@ -68,7 +68,11 @@ class FlopsPerToken:
 
         Empty ones of either kind earn nothing; a window that a clip fills in part counts in full.
         """
-        return tokens * self.training + tiles * self.training_per_tile + windows * self.training_per_window
+        return BACKWARD_FACTOR * self.forward_step(tokens, tiles, windows)
+
+    def forward_step(self, tokens: float, tiles: float, windows: float = 0) -> float:
+        """Those of the forward pass alone."""
+        return tokens * self.forward + tiles * self.vision_per_tile + windows * self.audio_per_window
 
     @property
     def formula(self) -> str:

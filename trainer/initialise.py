@@ -69,7 +69,7 @@ def initialise(
     if run.init.pretrained:
         found = open_model(Path(run.init.pretrained), run.model)
         if found.tokenizer:
-            _same_tokenizer(f"{found.directory}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
+            check_same_tokenizer(f"{found.directory}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
         note = "" if found.tokenizer else "; its tokenizer is unknown"
         return fresh(found.weights(like.params)), f"pretrained weights of {found.directory}{note}"
     return fresh(), f"scratch, seed {run.seed}"
@@ -99,11 +99,12 @@ def check_tokenizer(checkpoints: Checkpoints, step: int, tokenizer_digest: str) 
     """Refuses weights whose embeddings belong to other tokens. False where the checkpoint names no tokenizer."""
     saved = checkpoints.metadata(step)["tokenizer_digest"]
     if saved is not None:
-        _same_tokenizer(f"checkpoint {checkpoints.directory / str(step)}", saved, tokenizer_digest)
+        check_same_tokenizer(f"checkpoint {checkpoints.directory / str(step)}", saved, tokenizer_digest)
     return saved is not None
 
 
-def _same_tokenizer(where: str, theirs: str, ours: str) -> None:
+def check_same_tokenizer(where: str, theirs: str, ours: str) -> None:
+    """Refuses weights that come with another tokenizer."""
     if theirs != ours:
         raise UserError(
             f"{where}: its tokens are those of tokenizer {theirs}, found {ours}. Set data.tokenizer to the tokenizer.json "

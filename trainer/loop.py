@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.mixture import continued
-from data.pipeline import build_dataset
+from data.pipeline import Batch, build_dataset
 from data.questions import SOURCES
 from sharding.config import written
 from sharding.devices import peak_flops
@@ -26,6 +27,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.decode import Decoder
+from trainer.distillation import distillation_objective
 from trainer.evaluate import HeldOut, question_scores
 from trainer.feeder import Feeder
 from trainer.flops import flops_per_token, parameter_counts
@@ -41,7 +43,9 @@ from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
 from trainer.sections import to_plain
 from trainer.signals import StopRequest
-from trainer.step import Skeleton, TrainState, make_eval_step, make_train_step
+from trainer.step import Skeleton, Teacher, TrainState, make_eval_step, make_train_step
+from trainer.targets import CachedSource, DrawKeys, header_of
+from trainer.teacher import load_teacher
 
 TERMINATED = 128 + signal.SIGTERM
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
@@ -102,6 +106,7 @@ class Run:
     def __init__(self, run: RunConfig, directory: RunDirectory, stop: StopRequest, started: float):
         self.run, self.directory, self.stop, self.started = run, directory, stop, started
         self.saving: int | None = None
+        self.cached: CachedSource | None = None
         self.leader, self.stopping = is_leader(), False
 
     def __enter__(self) -> "Run":
@@ -117,7 +122,8 @@ class Run:
         run = self.run
         self.mesh = mesh = place_run(run, jax.devices())
         self.skeleton = skeleton = Skeleton(run.model, mesh)
-        check_memory(abstract_state(run, skeleton), mesh)
+        state_shapes = abstract_state(run, skeleton)
+        check_memory(state_shapes, mesh)
         device = mesh.devices[0]
         self.peak = peak_flops(device, run.model.dtype)  # now, while nothing else uses the processor
         self.checkpoints = Checkpoints(self.directory.checkpoints, run.checkpoint)
@@ -139,12 +145,16 @@ class Run:
         rows = run.data.batch_size
         self.share = mesh.share(rows, run.optimizer.accumulate)
         batches = stack.enter_context(self.dataset.batches(start, run.steps, self.share.tolist()))
-        self.feeder = Feeder(batches, lambda share: mesh.put(share, rows))
+        self.lessons = self._lessons(stack)
+        self.feeder = Feeder(batches, lambda share: mesh.put(self.lessons(share), rows))
         stack.callback(self.feeder.close)
 
         self.state, origin = initialise(
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
+        self.taught = None
+        if run.distill and run.distill.source == "mesh":
+            self.taught = load_teacher(run, run.distill, mesh, state_shapes, self.dataset.tokenizer.digest)
         check_same("config, data or tokenizer", f"{to_plain(run)} {self._data_facts()} {start}")
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
@@ -153,10 +163,14 @@ class Run:
             asked: jax.make_array_from_process_local_data(mesh.each, np.full(len(mesh.local), asked, np.int32))
             for asked in (False, True)
         }
-        objective = next_token_objective(run.objective, len(self.dataset.source_names))
+        sources = len(self.dataset.source_names)
+        next_token = objective = next_token_objective(run.objective, sources)
+        if run.distill:
+            objective = distillation_objective(run.objective, run.distill, sources)
         compile_start = time.perf_counter()
+        # What is held out is scored alike with a teacher and without.
         self.step_fn, eval_fn = self._compiled(
-            make_train_step(run, skeleton, objective), make_eval_step(skeleton, objective)
+            make_train_step(run, skeleton, objective), make_eval_step(skeleton, next_token)
         )
         self.compile_s = time.perf_counter() - compile_start
         held_out = build_dataset(run.data, run.media, "heldout", journal=self.journal)
@@ -166,6 +180,7 @@ class Run:
         self.notes = list(dict.fromkeys(self.dataset.notes + held_out.notes))
 
         self.flops = flops_per_token(run.model, run.data.sequence_length)
+        self.teacher_flops = self.taught and flops_per_token(self.taught.model, run.data.sequence_length)
         self.facts = self._facts(origin)
         shown = None if self.leader else stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115
         self.console = Console(run, self.directory.root, self.facts, file=shown)
@@ -175,28 +190,47 @@ class Run:
             self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
             stack.enter_context(self.logger)
 
+    def _lessons(self, stack: contextlib.ExitStack) -> Callable[[Batch], Batch]:
+        """What gives batches the targets of a teacher, or what it needs for them."""
+        run, distill, tokenizer = self.run, self.run.distill, self.dataset.tokenizer
+        if distill and distill.source == "cache":
+            self.cached = CachedSource(run, distill, tokenizer.digest)
+            stack.callback(self.cached.close)
+            return self.cached
+        if distill and distill.sparse:
+            return DrawKeys(header_of(run, distill, tokenizer.digest, {}))
+        return lambda batch: batch
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.taught.teacher if self.taught else None
+
     def _compiled(self, train_step: Any, eval_step: Any) -> tuple[Any, Any]:
         """Both steps, before the first one runs: nothing is compiled in the middle of a run."""
         names = self.dataset.source_names
 
         def step(
-            state: TrainState, batch: dict[str, jax.Array], stop_P: jax.Array
+            state: TrainState, batch: dict[str, jax.Array], stop_P: jax.Array, teacher: Teacher | None
         ) -> tuple[TrainState, dict[str, jax.Array]]:
-            state, sums = train_step(state, batch)
+            state, sums = train_step(state, batch, teacher)
             # Whether any process was asked to stop goes through the step, so that all learn it at the same one.
             return state, metrics(sums, names) | {"stop": jnp.sum(stop_P)}
 
         example = self.dataset.batch(self.start)
-        batch = {
-            name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
-            for name, sharding in self.mesh.batch(example).items()
-        }
+
+        def shapes(example: Batch) -> dict[str, jax.ShapeDtypeStruct]:
+            return {
+                name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
+                for name, sharding in self.mesh.batch(example).items()
+            }
+
+        batch, plain = shapes(self.lessons(example)), shapes(example)
         # Named, or the compiler might move what it gives back, which the next step could not take.
         outputs = jax.tree.map(lambda array: array.sharding, self.state), self.mesh.everywhere
         compiled_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        compiled_step = compiled_step.lower(self.state, batch, self._flags[False]).compile()
+        compiled_step = compiled_step.lower(self.state, batch, self._flags[False], self.teacher).compile()
         weights = (self.state.params, self.state.router_bias)
-        return compiled_step, jax.jit(eval_step, out_shardings=self.mesh.everywhere).lower(*weights, batch).compile()
+        return compiled_step, jax.jit(eval_step, out_shardings=self.mesh.everywhere).lower(*weights, plain).compile()
 
     def _facts(self, origin: str) -> dict[str, Any]:
         counts, mesh, device = parameter_counts(self.run.model), self.mesh, self.mesh.devices[0]
@@ -209,13 +243,16 @@ class Run:
             "peak_flops": self.peak.flops_per_s,
             "peak_source": self.peak.source,
             "flops_per_token": self.flops.training,
-            "mfu_formula": self.flops.formula,
+            "mfu_formula": self.flops.formula + ("; the teacher's forward pass counts too" if self.taught else ""),
             "parameters": counts.total,
             "active_parameters": counts.active,
             "expert_kernel": self.skeleton.config.expert_kernel,
             "data_digest": self.dataset.digest,
             "data_notes": self.notes,
             "initialised_from": origin,
+            "teacher": self.taught.origin if self.taught else self.cached and self.cached.origin,
+            "teacher_parameters": self.taught and parameter_counts(self.taught.model).total,
+            "teacher_flops_per_token": self.teacher_flops and self.teacher_flops.forward,
             "compile_s": self.compile_s,
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -228,7 +265,9 @@ class Run:
         for step in range(self.start + 1, run.steps + 1):
             batch, self.where, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
             self.stop.nothing_to_save = False
-            self.state, measured = self.step_fn(self.state, batch, self._flags[self.stop.requested.is_set()])
+            self.state, measured = self.step_fn(
+                self.state, batch, self._flags[self.stop.requested.is_set()], self.teacher
+            )
             if pending:
                 self._done(pending)
             pending = Pending(step, measured, self.where, waited)
@@ -266,9 +305,12 @@ class Run:
         if pending.step % self.run.log.every_steps == 0 or pending.step in (1, self.run.steps) or in_a_row:
             for name in self.dataset.source_names:
                 if not values[f"targets/{name}"]:  # the batch has nothing of this source
-                    del values[f"loss/{name}"]
-            tokens, tiles = float(values["tokens"]), float(values["tiles"])
-            flops = self.flops.training_step(tokens, tiles, float(values.get("audio_windows", 0)))
+                    sums = f"targets/{name}", f"tokens/{name}"
+                    for mean in [key for key in values if key.endswith(f"/{name}") and key not in sums]:
+                        del values[mean]
+            amounts = float(values["tokens"]), float(values["tiles"]), float(values.get("audio_windows", 0))
+            tokens, flops = amounts[0], self.flops.training_step(*amounts)
+            flops += self.teacher_flops.forward_step(*amounts) if self.teacher_flops else 0
             clock = {
                 "time/step": seconds,
                 "time/tokens_per_s": tokens / seconds,
@@ -278,6 +320,8 @@ class Run:
             }
             slots = self.run.data.batch_size * self.run.data.sequence_length
             seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
+            if self.cached:
+                seen |= {f"cache/{name}": number for name, number in self.cached.counts.items()}
             seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.where).items()}
             self.logger.write({"kind": "train", "step": pending.step} | values | seen | clock)
         if in_a_row >= self.run.optimizer.max_skipped:

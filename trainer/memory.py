@@ -11,17 +11,21 @@ from sharding.mesh import DeviceMesh
 from trainer.step import TrainState
 
 
-def check_memory(state: TrainState, mesh: DeviceMesh) -> None:
-    """Refuses a model whose weights, gradients and optimizer state alone exceed the memory of a device of the mesh.
+def check_memory(state: TrainState | None, mesh: DeviceMesh, teacher: Any = ()) -> None:
+    """Refuses a model whose weights, gradients and optimizer state alone exceed the memory of a device of the mesh, or do so
+    together with the weights of a teacher; or these alone.
 
-    `state`: shapes with their shardings.
+    `state`, `teacher`: shapes with their shardings.
     """
+    what = ["weights, gradients and optimizer state"] if state else []
+    what += ["the weights of the teacher (distill.teacher)"] if teacher else []
+    smaller = "teacher, or teacher_dtype=bfloat16" if teacher else "model (model.num_layers, model.num_experts)"
+    held = (state, state.params if state else (), teacher)
     check_room(
-        tree_bytes((state, state.params)) * (len(mesh.local) if mesh.devices[0].platform == "cpu" else 1),
+        tree_bytes(held) * (len(mesh.local) if mesh.devices[0].platform == "cpu" else 1),
         mesh.devices[0],
-        "weights, gradients and optimizer state",
-        "Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller model "
-        "(model.num_layers, model.num_experts).",
+        ", with ".join(what),
+        f"Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller {smaller}.",
     )
 
 

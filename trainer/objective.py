@@ -17,6 +17,8 @@ from sharding.place import Place
 from trainer.config import ObjectiveConfig
 
 Sums = dict[str, jax.Array]
+OTHER = "other/"
+"""Begins the names of sums by source that an objective adds to those of the next-token loss."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,15 +30,19 @@ class Extras:
     """Sum of the loss weights over the whole batch of the step, all micro-batches and devices."""
     shares: int = dataclasses.field(metadata={"static": True})
     """Micro-batches of the step times parts of their rows: what comes from a micro-batch's totals counts so many times."""
+    progress: jax.Array | float = 0.0
+    """Share of the run's steps that are done."""
+    teacher: Transformer | None = None
+    """A model to learn from, for an objective that does."""
 
 
 Objective = Callable[[Transformer, Batch, Extras], tuple[jax.Array, Sums]]
 
 
-def extras_for(batch: Mapping[str, jax.Array], shares: int) -> Extras:
+def extras_for(batch: Mapping[str, jax.Array], shares: int, progress: jax.Array | float = 0.0) -> Extras:
     """Extras of a step on `batch`; a batch without any weighted target has a loss of zero, not of 0/0."""
     total = jnp.sum(batch["loss_weights"])
-    return Extras(jnp.where(total > 0, total, 1), shares)
+    return Extras(jnp.where(total > 0, total, 1), shares, progress)
 
 
 def load_balance(stats: RouterStats, top_k: int) -> jax.Array:
@@ -76,26 +82,58 @@ def by_source(values_T: jax.Array, sources_T: jax.Array, num_sources: int) -> ja
     return jnp.sum(jnp.where(sources_T == 1 + jnp.arange(num_sources)[:, None], values_T, 0), axis=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenLosses:
+    """What an objective makes of the tokens [T] of a micro-batch, before weights."""
+
+    minimised_T: jax.Array
+    """What the step lowers, in the mean over the weights of the targets."""
+    next_token_T: jax.Array
+    """-log probability of the target."""
+    others: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """More to log, by name, each [T]."""
+
+
+TokenLoss = Callable[[Transformer, jax.Array, Batch, Extras], TokenLosses]
+"""(model, hidden_TD, batch, extras) -> losses of the tokens"""
+
+
 def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective:
     """Weighted mean of the next-token losses over the whole step, plus the router terms, mean over micro-batches."""
+
+    def losses(model: Transformer, hidden_TD: jax.Array, batch: Batch, _: Extras) -> TokenLosses:
+        losses_T = token_losses(hidden_TD, model.head(), batch["targets"].reshape(-1), config.block_tokens, model.place)
+        return TokenLosses(losses_T, losses_T)
+
+    return token_objective(config, num_sources, losses)
+
+
+def token_objective(config: ObjectiveConfig, num_sources: int, token_loss: TokenLoss) -> Objective:
+    """Weighted mean of what is minimised of each token over the whole step, plus the router terms, mean over
+    micro-batches."""
 
     def objective(model: Transformer, batch: Batch, extras: Extras) -> tuple[jax.Array, Sums]:
         output = model(batch)
         hidden_TD = output.hidden_BSD.reshape(-1, output.hidden_BSD.shape[-1])
-        losses_T = token_losses(hidden_TD, model.head(), batch["targets"].reshape(-1), config.block_tokens, model.place)
-        weights_T = batch["loss_weights"].reshape(-1).astype(losses_T.dtype)
-        weighted_T = losses_T * weights_T
+        losses = token_loss(model, hidden_TD, batch, extras)
+        weights_T = batch["loss_weights"].reshape(-1).astype(losses.minimised_T.dtype)
+        weight_total = extras.weight_total.astype(weights_T.dtype)
         sources_T = batch["source_ids"].reshape(-1)
         real_T = batch["segment_ids"].reshape(-1) > 0
+
+        def totals(values_T: jax.Array) -> jax.Array:
+            return by_source(values_T * weights_T, sources_T, num_sources)
+
         sums = {
             "tokens": jnp.sum(real_T),
             **media_sums(batch, model.place),
             "source_tokens": by_source(real_T.astype(jnp.int32), sources_T, num_sources),
-            "source_loss": by_source(weighted_T, sources_T, num_sources),
+            "source_loss": totals(losses.next_token_T),
             "source_weight": by_source(weights_T, sources_T, num_sources),
-            "loss": jnp.sum(weighted_T) / extras.weight_total.astype(losses_T.dtype),
+            "loss": jnp.sum(losses.next_token_T * weights_T) / weight_total,
+            **{f"{OTHER}{name}": totals(values_T) for name, values_T in losses.others.items()},
         }
-        loss = sums["loss"]
+        loss = jnp.sum(losses.minimised_T * weights_T) / weight_total
         if output.router is not None:
             everywhere = model.place.total(output.router)
             sums["load_balance"] = load_balance(everywhere, model.config.experts_per_token) / extras.shares
@@ -112,12 +150,13 @@ def next_token_objective(config: ObjectiveConfig, num_sources: int) -> Objective
 def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     """What is logged of a step: losses, means by source, auxiliary terms, the experts' load.
 
-    `tokens/<source>` are its tokens, `targets/<source>` is the weight of its targets; without any, its loss is NaN.
+    `tokens/<source>` are its tokens, `targets/<source>` is the weight of its targets; without any, its means are NaN.
     `experts/load` [L, E] are shares of the layer's assignments; `experts/imbalance` is the largest load over the mean one,
     in the worst layer. With a capacity factor, `experts/dropped` [L] counts the assignments that found no room.
     """
     named = {"source_tokens", "source_loss", "source_weight", "load_balance", "router_z", "assignments", "dropped"}
-    logged = {name: value for name, value in sums.items() if name not in named}
+    others = {name.removeprefix(OTHER): value for name, value in sums.items() if name.startswith(OTHER)}
+    logged = {name: value for name, value in sums.items() if name not in named and not name.startswith(OTHER)}
     mean_N = sums["source_loss"] / sums["source_weight"]
     for i, name in enumerate(source_names):
         logged |= {
@@ -125,6 +164,10 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
             f"targets/{name}": sums["source_weight"][i],
             f"tokens/{name}": sums["source_tokens"][i],
         }
+    for other, total_N in others.items():
+        logged[other] = jnp.sum(total_N) / jnp.sum(sums["source_weight"])
+        mean_N = total_N / sums["source_weight"]
+        logged |= {f"{other}/{name}": mean_N[i] for i, name in enumerate(source_names)}
     if "assignments" in sums:
         load_LE = sums["assignments"] / jnp.maximum(jnp.sum(sums["assignments"], axis=1, keepdims=True), 1)
         logged |= {

@@ -1,4 +1,4 @@
-"""A bar for work that is measured in bytes: on a terminal alone, so that logs hold no control codes."""
+"""Bars for long work: on a terminal alone, so that logs hold no control codes."""
 
 import contextlib
 import time
@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 if TYPE_CHECKING:
     from data.prepare import Told
@@ -22,6 +30,27 @@ def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+@contextlib.contextmanager
+def work_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows how many pieces of work are done and the time that is left; yields what is to be called after each, with what
+    there is to say. Without a terminal, a line from time to time."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        done, last = 0, time.monotonic()
+
+        def advance(text: str) -> None:
+            nonlocal done, last
+            done += 1
+            progress.update(task, completed=done, description=f"{title}: {text}")
+            if not console.is_terminal and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                console.print(f"{title}: {done} of {total}, {text}")
+
+        yield advance
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ def render(
                 _tiles(train, held_out, scores, evaluation),
                 _losses(train, held_out),
                 _questions(scores, (evaluation or {}).get("samples", [])),
+                _teacher(train, facts),
                 _experts(train, _moe_layers(config)),
                 _optimizer(train),
                 _speed(train, facts),
@@ -180,6 +181,27 @@ def _sample(sample: Mapping[str, Any]) -> str:
         f'<div class="sample"><img alt="held-out file" src="data:image/png;base64,{picture}"><div>{escape(sample["question"])}'
         f'<div class="answer {verdict}" title="{verdict}">{mark} {escape(predicted)}</div>'
         f'<div class="accepted">accepted: {escape(accepted)}</div><div class="tag">{escape(tag)}</div></div></div>'
+    )
+
+
+def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
+    if not any("soft" in record for record in train):
+        return ""
+    teacher, step = facts.get("teacher_flops_per_token"), facts.get("flops_per_token")
+    cost = (
+        f" It takes {percent(teacher / (teacher + step), 0)} of the FLOPs of a text token." if teacher and step else ""
+    )
+    return section(
+        "Teacher",
+        f"{escape(str(facts.get('teacher', '')))}.{cost}",
+        row(
+            _curve(train, "soft", "Divergence from the teacher", _plain, "nats per predicted token", zero=True),
+            _curve(train, "teacher_loss", "The teacher's own loss", _plain, "on the same tokens"),
+            _curve(
+                train, "soft_weight", "Weight of the divergence", _plain, "the next-token loss has the rest", zero=True
+            ),
+            columns="three",
+        ),
     )
 
 

@@ -82,6 +82,16 @@ class Skeleton:
         """Shapes and dtypes of the weights."""
         return nnx.to_pure_dict(self._params)
 
+    @property
+    def abstract_weights(self) -> tuple[Params, Params]:
+        """Shapes, dtypes and shardings of the weights and of the router biases."""
+
+        def shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        biases = jax.tree.map(lambda leaf: shape(leaf, self.mesh.everywhere), nnx.to_pure_dict(self._bias))
+        return jax.tree.map(shape, self.abstract_params, self.shardings), biases
+
     def model(self, params: Params, router_bias: Params) -> Transformer:
         """The model with these weights."""
         states = []
@@ -90,6 +100,16 @@ class Skeleton:
             nnx.replace_by_pure_dict(state, values)
             states.append(state)
         return nnx.merge(self._graph, *states)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A model that others learn from, on the same mesh with its own shardings; nothing changes it."""
+
+    skeleton: Skeleton = dataclasses.field(metadata={"static": True})
+    params: Params
+    router_bias: Params
 
 
 def weight_shapes(config: ModelConfig) -> Params:
@@ -133,7 +153,14 @@ def split_batch(batch: Batch, parts: int) -> Batch:
 
 
 def loss_and_gradient(
-    skeleton: Skeleton, objective: Objective, params: Params, router_bias: Params, batch: Batch, micro_batches: int
+    skeleton: Skeleton,
+    objective: Objective,
+    params: Params,
+    router_bias: Params,
+    batch: Batch,
+    micro_batches: int,
+    progress: jax.Array | float = 0.0,
+    teacher: Teacher | None = None,
 ) -> tuple[jax.Array, Sums, Params]:
     """Loss of the step, sums and gradient with respect to `params`, accumulated over micro-batches.
 
@@ -142,16 +169,27 @@ def loss_and_gradient(
     mesh = skeleton.mesh
     place, everywhere = mesh.place, mesh.everywhere
 
-    def on_one(params: Params, router_bias: Params, batch: Batch, extras: Extras) -> tuple[jax.Array, Sums, Params]:
+    def on_one(
+        params: Params, router_bias: Params, batch: Batch, extras: Extras, frozen: tuple[Params, Params]
+    ) -> tuple[jax.Array, Sums, Params]:
+        if teacher:
+            extras = dataclasses.replace(extras, teacher=teacher.skeleton.model(*frozen))
         loss, sums, gradient = _accumulated(skeleton, objective, params, router_bias, batch, extras, micro_batches)
         return place.total(loss), place.total(sums), skeleton.summed(gradient)
 
     step = mesh.on_all(
         on_one,
-        inputs=(skeleton.shardings, everywhere, mesh.batch(batch), everywhere),
+        inputs=(
+            skeleton.shardings,
+            everywhere,
+            mesh.batch(batch),
+            everywhere,
+            (teacher.skeleton.shardings, everywhere) if teacher else everywhere,
+        ),
         outputs=(everywhere, everywhere, skeleton.shardings),
     )
-    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.parts))
+    frozen = (teacher.params, teacher.router_bias) if teacher else ({}, {})
+    return step(params, router_bias, batch, extras_for(batch, micro_batches * place.parts, progress), frozen)
 
 
 def _accumulated(
@@ -198,18 +236,27 @@ def moved_bias(router_bias: Params, assignments_LE: jax.Array, model: ModelConfi
     return {"blocks": moved}
 
 
-def make_train_step(
-    run: RunConfig, skeleton: Skeleton, objective: Objective
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+TrainStep = Callable[..., tuple[TrainState, Sums]]
+"""(state, batch, teacher=None) -> (state, sums)"""
+
+
+def make_train_step(run: RunConfig, skeleton: Skeleton, objective: Objective) -> TrainStep:
     """The training step, not yet compiled.
 
     A step whose loss or gradient is not finite leaves weights and optimizer as they were, and is counted.
     """
     optimizer, rate = adamw(run.optimizer), learning_rate(run.optimizer, run.steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    def train_step(state: TrainState, batch: Batch, teacher: Teacher | None = None) -> tuple[TrainState, Sums]:
         loss, sums, gradient = loss_and_gradient(
-            skeleton, objective, state.params, state.router_bias, batch, run.optimizer.accumulate
+            skeleton,
+            objective,
+            state.params,
+            state.router_bias,
+            batch,
+            run.optimizer.accumulate,
+            state.step / run.steps,
+            teacher,
         )
         norm, lr = optax.tree.norm(gradient), rate(state.step)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

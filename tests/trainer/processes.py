@@ -21,12 +21,14 @@ def start(
     config: str = "tests/micro.py",
     steps: int = STEPS,
     environment: dict[str, str] | None = None,
+    command: str = "train",
+    folder: str = "--workdir",
 ) -> subprocess.Popen[str]:
-    """`drover train` in a process of its own, started through another command if one is given."""
-    command = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main())", "train"]
-    command += ["--config", config, "--workdir", str(workdir), f"--config.steps={steps}", *arguments]
+    """`drover train`, or another command, in a process of its own, started through another program if one is given."""
+    drover = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main())", command]
+    drover += ["--config", config, folder, str(workdir), f"--config.steps={steps}", *arguments]
     return subprocess.Popen(
-        [*through, *command],
+        [*through, *drover],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
         text=True,

@@ -1,0 +1,241 @@
+"""What a student learns from a teacher on its mesh: the objective, its weights, whole runs, and what is refused."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
+from tests import oracle
+from tests.oracle_cases import (
+    COEFFICIENTS,
+    FAST_COMPILE,
+    SOURCES,
+    TINY,
+    VISION,
+    random_batch,
+    random_bias,
+    random_params,
+)
+from tests.sharding.sameness import CASES, DEVICES, LENGTH, ROWS, placed
+from tests.trainer.processes import finish, metrics, start
+from tests.trainer.saved_run import micro, save_run
+from trainer.config import DistillConfig, RunConfig
+from trainer.distillation import distillation_objective, soft_weight
+from trainer.initialise import abstract_state
+from trainer.objective import extras_for, next_token_objective
+from trainer.step import Skeleton, Teacher, loss_and_gradient
+from trainer.teacher import load_teacher
+
+FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
+STUDENT = dataclasses.replace(TINY, num_layers=2, moe_layer_step=2, nope_layer_step=2, vision=VISION, **FLOAT64)
+TEACHER = dataclasses.replace(
+    STUDENT,
+    num_layers=4,
+    hidden_size=20,
+    num_experts=3,
+    vision=dataclasses.replace(VISION, hidden_size=16, num_layers=1),
+)
+CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
+DISTILL = DistillConfig(teacher="another run", block_vocabulary=7)
+
+
+def taught(distill: DistillConfig, progress: float = 0.0) -> tuple[Any, dict[str, Any]]:
+    """(loss, sums, gradient) of the shipped objective, and what its reference needs."""
+    batch = random_batch(STUDENT, 3)
+    params, teacher = (oracle.as_float64(random_params(model, 3)) for model in (STUDENT, TEACHER))
+    students, teachers = Skeleton(STUDENT), Skeleton(TEACHER)
+    objective = distillation_objective(COEFFICIENTS, distill, SOURCES)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params: Any, teacher: Any, batch: Any) -> Any:
+        return loss_and_gradient(students, objective, params, {}, batch, 1, progress, Teacher(teachers, teacher, {}))
+
+    return run(params, teacher, batch), {"params": params, "teacher": teacher, "batch": batch}
+
+
+def reference(distill: DistillConfig, weight: float, given: dict[str, Any]) -> Any:
+    """The same with every logit of both models at once."""
+    skeletons = Skeleton(STUDENT), Skeleton(TEACHER)
+    plain = next_token_objective(COEFFICIENTS, SOURCES)
+
+    def logits(skeleton: Skeleton, params: Any, batch: Any) -> jax.Array:
+        model = skeleton.model(params, {})
+        hidden = model(batch).hidden_BSD
+        return hidden.reshape(-1, hidden.shape[-1]) @ model.head()
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params: Any, teacher: Any, batch: Any) -> Any:
+        return jax.value_and_grad(loss)(params, teacher, batch)
+
+    def loss(params: Any, teacher_params: Any, batch: Any) -> jax.Array:
+        whole, _ = plain(skeletons[0].model(params, {}), batch, extras_for(batch, 1))
+        student, teacher = logits(skeletons[0], params, batch), logits(skeletons[1], teacher_params, batch)
+        p, q = (jax.nn.log_softmax(z / distill.temperature) for z in (teacher, student))
+        m = jnp.log((jnp.exp(p) + jnp.exp(q)) / 2)
+        soft = {
+            "forward": jnp.sum(jnp.exp(p) * (p - q), 1),
+            "reverse": jnp.sum(jnp.exp(q) * (q - p), 1),
+            "jensen_shannon": jnp.sum(jnp.exp(p) * (p - m) + jnp.exp(q) * (q - m), 1) / 2,
+        }[distill.divergence] * distill.temperature**2
+        targets = batch["targets"].reshape(-1)
+        rows = jnp.arange(len(targets))
+        log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+        factor = {
+            "none": 1.0,
+            "confidence": 1 + jnp.sum(jnp.exp(log_p) * log_p, 1) / np.log(STUDENT.vocab_size),
+            "correct": 1.0 * (jnp.argmax(teacher, 1) == targets),
+            "gap": jnp.exp(log_p[rows, targets]) / jnp.exp(jnp.logaddexp(log_p[rows, targets], log_q[rows, targets])),
+        }[distill.adapt]
+        w = weight * jax.lax.stop_gradient(factor)
+        hard, weights = -log_q[rows, targets], batch["loss_weights"].reshape(-1).astype(jnp.float64)
+        return whole + jnp.sum(weights * w * (soft - hard)) / jnp.sum(weights)
+
+    return run(given["params"], given["teacher"], given["batch"])
+
+
+@pytest.mark.parametrize(
+    ("divergence", "adapt", "temperature"),
+    [
+        ("forward", "none", 1.0),
+        ("reverse", "confidence", 2.0),
+        ("jensen_shannon", "correct", 0.7),
+        ("forward", "gap", 1.0),
+    ],
+)
+def test_loss_and_gradient_are_those_of_the_whole_distributions(
+    divergence: Any, adapt: Any, temperature: float
+) -> None:
+    distill = dataclasses.replace(DISTILL, divergence=divergence, adapt=adapt, temperature=temperature, soft_weight=0.6)
+    with jax.enable_x64(True):
+        (loss, sums, gradient), given = taught(distill)
+        expected, expected_gradient = reference(distill, 0.6, given)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12 * np.abs(theirs).max())
+    assert sums["loss"] != loss  # what is logged as the loss is that of the next token
+
+
+def test_the_weight_moves_over_the_run() -> None:
+    steady = dataclasses.replace(DISTILL, soft_weight=0.8)
+    line = dataclasses.replace(steady, final_soft_weight=0.2)
+    wave = dataclasses.replace(line, soft_schedule="cosine")
+    for progress, *expected in (
+        (0.0, 0.8, 0.8, 0.8),
+        (0.25, 0.8, 0.65, 0.8 - 0.3 * (1 - 0.5**0.5)),
+        (1.0, 0.8, 0.2, 0.2),
+    ):
+        np.testing.assert_allclose([soft_weight(c, progress) for c in (steady, line, wave)], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"stage": 2, "context": 2, "data": 2}]
+)
+def test_a_mesh_changes_nothing(sizes: dict[str, int]) -> None:
+    case = next(iter(CASES))
+    student = dataclasses.replace(
+        CASES[case][0], num_layers=4, audio=None, remat="none", router_bias_rate=0.0, **FLOAT64
+    )
+    teacher = dataclasses.replace(student, num_layers=8, hidden_size=32, num_experts=16, router_bias_rate=0.1)
+    found = _gradient(DeviceMesh.of(jax.devices()[:DEVICES], sizes), student, teacher)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(_alone(student, teacher)), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-10 * max(np.linalg.norm(theirs), 1e-30)
+
+
+@functools.cache
+def _alone(student: ModelConfig, teacher: ModelConfig) -> Any:
+    return _gradient(DeviceMesh.alone(), student, teacher)
+
+
+def _gradient(mesh: DeviceMesh, student: ModelConfig, teacher: ModelConfig) -> Any:
+    with jax.enable_x64(True):
+        students, teachers = Skeleton(student, mesh), Skeleton(teacher, mesh)
+        batch = random_batch(student, 6, rows=ROWS, length=LENGTH)
+        params = jax.device_put(oracle.as_float64(random_params(student, 6)), students.shardings)
+        frozen = jax.device_put(oracle.as_float64(random_params(teacher, 7)), teachers.shardings)
+        bias = jax.device_put(random_bias(teacher, 7), mesh.everywhere)
+        objective = distillation_objective(COEFFICIENTS, DISTILL, SOURCES)
+
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        def run(params: Any, batch: Any, frozen: Any, bias: Any) -> Any:
+            return loss_and_gradient(students, objective, params, {}, batch, 2, 0.0, Teacher(teachers, frozen, bias))
+
+        return jax.device_get(run(params, placed(mesh, batch, 2), frozen, bias))
+
+
+# Whole runs
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    clock = ("time/", "epochs")
+    return [{k: v for k, v in record.items() if not k.startswith(clock)} for record in metrics(workdir)]
+
+
+def test_a_run_learns_from_another_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    finish(start(tmp_path / "teacher", "--config.model.hidden_size=32", config="tests/nano.py", steps=6))
+    options = (
+        "--config.distill={}",
+        f"--config.distill.teacher={tmp_path / 'teacher'}",
+        "--config.distill.teacher_dtype=float32",
+        *CONSTANT,
+    )
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    output = finish(start(once, *options, config="tests/nano.py", steps=6))
+    assert f"{tmp_path / 'teacher'}, step 6" in output and "from teacher" in output
+    finish(start(twice, *options, config="tests/nano.py", steps=3))
+    finish(start(twice, *options, "--allow-config-change", config="tests/nano.py", steps=6))
+    last = [record for record in records(once) if record["kind"] == "train"][-1]
+    assert last == [record for record in records(twice) if record["kind"] == "train"][-1]
+    assert last["soft_weight"] == 0.5 and 0 < last["soft"] < 5 and last["teacher_loss/text"] == last["teacher_loss"]
+    assert "from the teacher" in (once / "report.html").read_text()
+    plain = tmp_path / "plain"
+    finish(start(plain, *CONSTANT, config="tests/nano.py", steps=6))
+    saved = sum(file.stat().st_size for file in (plain / "checkpoints" / "6").rglob("*"))
+    taught = sum(file.stat().st_size for file in (once / "checkpoints" / "6").rglob("*"))
+    assert taught < saved + 8192  # the teacher is in no checkpoint
+
+
+def load(run: RunConfig, teacher: Path, tokenizer: str, mesh: DeviceMesh | None = None) -> Any:
+    mesh = mesh or DeviceMesh.alone()
+    distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32")
+    return load_teacher(run, distill, mesh, abstract_state(run, Skeleton(run.model, mesh)), tokenizer)
+
+
+def test_a_teacher_is_any_checkpoint_that_reads_the_same_batches(tmp_path: Path) -> None:
+    state = save_run(tmp_path, micro(hidden_size=24, num_layers=8))
+    digest = json.loads((tmp_path / "checkpoints/0/run/metadata").read_text())["tokenizer_digest"]
+    for path in (tmp_path, tmp_path / "checkpoints" / "0"):
+        found = load(micro(), path, digest)
+        assert found.origin == f"{tmp_path}, step 0"
+        for ours, theirs in zip(jax.tree.leaves(found.teacher.params), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("model", "words"), [
+    ({"vocab_size": 512}, "model.vocab_size is 512 in the teacher and 300 in the student"),
+    ({"vision": VISION}, "model.vision.image_size is 8 in the teacher and"),
+])  # fmt: skip
+def test_a_teacher_of_other_tokens_is_refused(model: dict[str, Any], words: str, tmp_path: Path) -> None:
+    save_run(tmp_path, micro(**model))
+    digest = json.loads((tmp_path / "checkpoints/0/run/metadata").read_text())["tokenizer_digest"]
+    with pytest.raises(UserError, match=words):
+        load(micro(vocab_size=300), tmp_path, digest)
+
+
+def test_another_tokenizer_a_wrong_path_and_a_mesh_that_does_not_divide_are_refused(tmp_path: Path) -> None:
+    save_run(tmp_path, micro(num_heads=3, num_kv_heads=3))
+    digest = json.loads((tmp_path / "checkpoints/0/run/metadata").read_text())["tokenizer_digest"]
+    with pytest.raises(UserError, match="its tokens are those of tokenizer"):
+        load(micro(), tmp_path, "another")
+    with pytest.raises(UserError, match="which does not exist"):
+        load(micro(), tmp_path / "nothing", digest)
+    with pytest.raises(UserError, match=r"num_heads=3 cannot be split into 2 .* on the mesh tensor=2"):
+        load(micro(), tmp_path, digest, DeviceMesh.of(jax.devices()[:2], {"tensor": 2}))

@@ -1,0 +1,145 @@
+"""`drover teach`: what it keeps is what the teacher says beside the student; it goes on, in parts, and refuses by name."""
+
+import dataclasses
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.target_cache import TargetCache, describe
+from launch.config_file import load_run
+from sharding.errors import UserError
+from tests.trainer.processes import ROOT, finish, metrics, start, wait_until
+from trainer.config import DistillConfig
+from trainer.targets import CachedSource
+from trainer.teach import teach
+
+CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    finish(start(folder, "--config.model.hidden_size=32", config="tests/nano.py", steps=6))
+    return folder
+
+
+def options(teacher: Path, *others: str) -> Sequence[str]:
+    given = {"teacher": teacher, "teacher_dtype": "float32", "draws": 12}
+    named = [f"--config.distill.{name}={value}" for name, value in given.items()]
+    return ("--config.distill={}", *named, *CONSTANT, *others)
+
+
+def taught(teacher: Path, cache: Path, *others: str) -> Any:
+    return start(cache, *options(teacher, *others), command="teach", folder="--out", config="tests/nano.py", steps=6)
+
+
+def learn(workdir: Path, teacher: Path, *others: str) -> Any:
+    return start(workdir, *options(teacher, *others), config="tests/nano.py", steps=6)
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in record.items() if not name.startswith(("time/", "cache/"))}
+        for record in metrics(workdir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    output = finish(taught(teacher, folder))
+    assert "48 segments, 6,144 tokens" in output, output
+    return folder
+
+
+def files(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.iterdir()}
+
+
+def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
+    teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The same draws of the same distribution; only the facts about it are rounded, to float16."""
+    finish(learn(tmp_path / "beside", teacher))
+    source = ("--config.distill.source=cache", f"--config.distill.cache={cache}")
+    output = finish(learn(tmp_path / "cached", teacher, *source))
+    assert f"{cache}, of {teacher.name}, step 6" in output
+    beside, cached = records(tmp_path / "beside"), records(tmp_path / "cached")
+    assert [record["step"] for record in beside] == [record["step"] for record in cached]
+    for ours, theirs in zip(cached, beside, strict=True):
+        for name in ("loss", "grad_norm", "soft", "soft_weight", "taught", "teacher_loss", "teacher_entropy"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+    train = [record for record in metrics(tmp_path / "cached") if record["kind"] == "train"]
+    assert train[0]["taught"] == 1 and train[-1]["cache/missing"] == 0 < train[-1]["cache/found"]
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_a_kill_and_in_parts_to_the_same_records(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    process = taught(teacher, whole)
+    wait_until(lambda: any(whole.glob("*.array_record")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(taught(teacher, whole))
+    assert files(whole) == files(cache)
+    assert "; 0 tokens of them now" in finish(taught(teacher, whole))
+    assert files(whole) == files(cache)
+
+    parts = tmp_path / "parts"
+    for part in ("2/2", "1/2"):
+        finish(taught(teacher, parts, f"--part={part}"))
+    facts, expected = describe(parts), describe(cache)
+    assert facts["shards"] == 2 and facts["repeated segments"] == 0
+    for name in ("segments", "tokens", "ids of a token", "bytes of records"):
+        assert facts[name] == expected[name]
+
+
+@pytest.mark.slow
+def test_segments_that_are_missing_end_the_run_or_are_learned_hard_and_counted(teacher: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    finish(taught(teacher, half, "--part=1/2"))
+    source = ("--config.distill.source=cache", f"--config.distill.cache={half}")
+    output = finish(learn(tmp_path / "fails", teacher, *source), status=2)
+    assert f"{half}: has no targets for segment" in output and "`drover teach` goes on with it" in output
+    finish(learn(tmp_path / "hard", teacher, *source, "--config.distill.missing=hard"))
+    train = [record for record in metrics(tmp_path / "hard") if record["kind"] == "train"]
+    assert [record["taught"] for record in train] == [1, 0, 1, 0, 1, 0]
+    assert [record["soft_weight"] for record in train] == [0.5, 0, 0.5, 0, 0.5, 0]
+    assert train[-1]["cache/missing"] > 0
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"draws": 25}, "distill.draws: found 12, expected 25"),
+    ({"temperature": 2.0}, "distill.temperature: found 1.0, expected 2.0"),
+    ({"cache": "/nowhere"}, "/nowhere: found no header.json, expected a cache of targets"),
+])  # fmt: skip
+def test_a_cache_of_other_targets_is_refused(change: dict[str, Any], words: str, cache: Path) -> None:
+    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    distill = DistillConfig(source="cache", cache=str(cache), draws=12)
+    tokenizer = TargetCache(cache).header.tokenizer
+    CachedSource(run, distill, tokenizer).close()
+    with pytest.raises(UserError, match=words):
+        CachedSource(run, dataclasses.replace(distill, **change), tokenizer)
+    with pytest.raises(UserError, match=r"tokenizer: found .*, expected another"):
+        CachedSource(run, distill, "another")
+    other = dataclasses.replace(run, data=dataclasses.replace(run.data, video_fps=9.0))
+    with pytest.raises(UserError, match="preprocessing: found"):
+        CachedSource(other, distill, tokenizer)
+
+
+def test_teach_refuses_what_it_cannot_keep(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    for distill in (None, DistillConfig(teacher=str(teacher)), DistillConfig(draws=12)):
+        with pytest.raises(UserError, match="expected a teacher, and draws"):
+            teach(dataclasses.replace(run, distill=distill), tmp_path)
+    other = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=13)
+    before = files(cache)
+    with pytest.raises(UserError, match="draws: found 12, expected 13"):
+        teach(dataclasses.replace(run, distill=other), cache)
+    assert files(cache) == before
+    output = finish(taught(teacher, tmp_path, "--part=3/2"), status=2)
+    assert "--part: found 3/2, expected I/N" in output

@@ -1,0 +1,125 @@
+"""A teacher's targets beside the batches: the keys of its draws, and what it has said before.
+
+Letters: B rows, S sequence, K ids of a sparse target.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.pipeline import Batch
+from data.target_cache import Header, TargetCache
+from data.target_digests import Segment, segment_digests, token_keys
+from sharding.errors import UserError
+from trainer.config import DistillConfig, RunConfig
+from trainer.distillation import KEYS, CachedTargets
+from trainer.step import Params
+
+
+def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, teacher: Mapping[str, Any]) -> Header:
+    """Of the cache of this run's teacher."""
+    return Header(
+        teacher=teacher,
+        tokenizer=tokenizer_digest,
+        vocab_size=run.model.vocab_size,
+        preprocessing=asdict(run.media),
+        draws=distill.draws,
+        top_k=distill.top_k,
+        temperature=distill.temperature,
+        proposal=distill.proposal,
+    )
+
+
+def fingerprint(params: Params) -> str:
+    """Names a teacher by its weights: the shape and the first numbers of every one, on any mesh."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        first = np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf, np.float32)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + first.tobytes())
+    return digest.hexdigest()
+
+
+class DrawKeys:
+    """Gives batches the random keys of their draws."""
+
+    def __init__(self, header: Header):
+        self._recipe, self._segment_recipe = header.recipe, header.segment_recipe
+
+    def segments(self, batch: Batch) -> list[Segment]:
+        """Where the segments of a batch stand, and their digests."""
+        return segment_digests(batch, self._segment_recipe)
+
+    def __call__(self, batch: Batch, segments: list[Segment] | None = None) -> Batch:
+        """The batch with `KEYS`."""
+        keys_BS2 = np.zeros((*batch["tokens"].shape, 2), np.uint32)
+        for row, start, stop, digest in self.segments(batch) if segments is None else segments:
+            keys_BS2[row, start:stop] = token_keys(digest, np.arange(stop - start), self._recipe)
+        return batch | {KEYS: keys_BS2}
+
+
+class CachedSource:
+    """Gives batches what a teacher has said of their segments before."""
+
+    def __init__(self, run: RunConfig, distill: DistillConfig, tokenizer_digest: str):
+        """
+        Raises:
+            UserError: no cache, or one of other targets, tokens or data than those of this run.
+        """
+        folder = Path(distill.cache).expanduser()
+        self._cache = TargetCache(
+            folder,
+            distill.missing,
+            tokenizer=tokenizer_digest,
+            preprocessing=asdict(run.media),
+            vocab_size=run.model.vocab_size,
+        )
+        self.header = self._cache.header
+        expected = header_of(run, distill, tokenizer_digest, self.header.teacher)
+        differing = [
+            f"distill.{name}: found {getattr(self.header, name)}, expected {getattr(expected, name)}"
+            for name in ("draws", "top_k", "temperature", "proposal")
+            if getattr(self.header, name) != getattr(expected, name)
+        ]
+        if differing:
+            raise UserError(
+                f"{folder}/header.json: {'; '.join(differing)} as in the configuration. Make the options the same, or make "
+                "another cache."
+            )
+        self._slots, self._segment_recipe = distill.draws or distill.top_k, self.header.segment_recipe
+        self._form = self.header.record_format
+        self.origin = f"{folder}, of {self.header.teacher.get('name', 'an unknown teacher')}"
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with the arrays of `CachedTargets`."""
+        B, S = batch["tokens"].shape
+        segments = segment_digests(batch, self._segment_recipe)
+        ids_BSK = np.full((B, S, self._slots), -1, np.int32)
+        weights_BSK = np.zeros((B, S, self._slots), np.float32)
+        log_prob_BS, entropy_BS = np.zeros((2, B, S), np.float32)
+        correct_BS = np.zeros((B, S), bool)
+        found = self._cache.get([segment.digest for segment in segments])
+        for (row, start, stop, _), targets in zip(segments, found, strict=True):
+            if targets is None:
+                continue
+            here = row, slice(start, stop)
+            used = targets.rows(np.ones(len(targets.ids), bool), self._slots)
+            ids_BSK[here] = np.where(used, targets.rows(targets.ids, self._slots), -1)
+            shares = targets.counts / max(self._form.draws, 1) if targets.weights is None else targets.weights
+            weights_BSK[here] = targets.rows(shares.astype(np.float32), self._slots)
+            log_prob_BS[here], entropy_BS[here] = targets.target_log_prob, targets.entropy
+            correct_BS[here] = targets.correct
+        arrays = CachedTargets(ids_BSK, weights_BSK, log_prob_BS, entropy_BS, correct_BS)  # pyright: ignore[reportArgumentType]
+        return batch | arrays._asdict()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Segments found, missing and damaged so far."""
+        return self._cache.counts
+
+    def close(self) -> None:
+        self._cache.close()

@@ -1,0 +1,129 @@
+"""A teacher runs once over the batches of a student's run, and leaves what it says in a cache."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.pipeline import Batch, build_dataset
+from data.target_records import Targets as Record
+from data.target_writer import TargetWriter
+from model.sampled_targets import Targets
+from sharding.config import written
+from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
+from trainer.config import DistillConfig, RunConfig
+from trainer.distillation import sparse_targets
+from trainer.placement import place_run
+from trainer.progress import prepare_bar, work_bar
+from trainer.runtime import configure_jax
+from trainer.signals import StopRequest
+from trainer.step import Teacher
+from trainer.targets import DrawKeys, fingerprint, header_of
+from trainer.teacher import load_teacher
+
+SHARD_SECONDS = 600.0
+"""A shard is finished after so long, full or not: what a killed command loses."""
+
+
+def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Writes the targets of every segment of the run's batches; what the folder has already is not done again.
+
+    Part i of n takes the batches i, i + n, ...; parts may run at the same time, on one machine or on many.
+
+    Raises:
+        UserError: the run has no teacher or no sparse targets; see `load_teacher` and `TargetWriter`.
+        SystemExit: 128 + signal, after a signal; what was done by then counts.
+    """
+    distill = run.distill
+    if distill is None or not distill.teacher or not distill.sparse:
+        found = f"teacher={distill.teacher!r}, draws={distill.draws}, top_k={distill.top_k}" if distill else "None"
+        raise UserError(
+            f"distill: found {found}, expected a teacher, and draws (or top_k) of 1 or more: what is kept of it. Set "
+            "--config.distill.teacher=DIR and --config.distill.draws=N."
+        )
+    configure_jax(run)
+    mesh = place_run(run, jax.devices())
+    with prepare_bar("preparing built-in data") as tell:
+        dataset = build_dataset(run.data, run.media, "train", tell=tell)
+    digest = dataset.tokenizer.digest
+    taught = load_teacher(run, distill, mesh, None, digest)
+    identity = {"name": taught.name, "fingerprint": fingerprint(taught.teacher.params)}
+    header = header_of(run, distill, digest, identity)
+    keyed, ask = DrawKeys(header), _Asked(run, distill, mesh, taught.teacher)
+    mine = range(part, run.steps, parts)
+    began = last = time.monotonic()
+    with StopRequest().listening() as stop, TargetWriter(folder, header, part, parts) as writer:
+        print(
+            f"teacher {taught.origin}, mesh {written(mesh.sizes)}: batches {mine.start} to {run.steps - 1} of {run.name}"
+        )
+        with work_bar("teaching", len(mine)) as advance:
+            for n in mine:
+                batch = dataset.batch(n)
+                segments = keyed.segments(batch)
+                left = ~writer.done([segment.digest for segment in segments])
+                if left.any():
+                    stop.nothing_to_save = False
+                    targets = ask(keyed(batch, segments))
+                    chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
+                    records = [_record(distill, batch, targets, *segment[:3]) for segment in chosen]
+                    writer.add([segment.digest for segment in chosen], records)
+                if time.monotonic() - last > SHARD_SECONDS:
+                    writer.finish_shard()
+                    last = time.monotonic()
+                seconds, done = time.monotonic() - began, writer.written
+                advance(f"{done.tokens / seconds:,.0f} tokens/s, {done.bytes_per_token:.1f} bytes/token")
+                if stop.requested.is_set():
+                    break
+        writer.finish_shard()
+        whole = writer.progress()
+        print(
+            f"{folder}: {whole.records:,} segments, {whole.tokens:,} tokens, {whole.bytes:,} bytes, "
+            f"{whole.bytes_per_token:.1f} a token; {writer.written.tokens:,} tokens of them now"
+        )
+        if stop.requested.is_set():
+            print(f"{stop.signal_name}: the same command goes on from here.")
+            raise SystemExit(stop.exit_code)
+
+
+class _Asked:
+    """What the teacher says of a batch with keys, as arrays [B, S, ...] on the host."""
+
+    def __init__(self, run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, teacher: Teacher):
+        self._mesh, self._rows, self._teacher = mesh, run.data.batch_size, teacher
+        self._order = mesh.row_order(self._rows, 1)
+
+        def on_one(weights: Any, biases: Any, batch: dict[str, jax.Array]) -> Targets:
+            B, S = batch["tokens"].shape
+            found = sparse_targets(distill, teacher.skeleton.model(weights, biases), batch)
+            return jax.tree.map(lambda array: array.reshape(B, S, *array.shape[1:]), found)
+
+        def run_on(weights: Any, biases: Any, batch: dict[str, jax.Array]) -> Targets:
+            tokens = mesh.batch(["tokens"])["tokens"]
+            outputs = Targets(*[tokens] * len(Targets._fields))  # pyright: ignore[reportArgumentType]
+            inputs = (teacher.skeleton.shardings, mesh.everywhere, mesh.batch(batch))
+            return mesh.on_all(on_one, inputs, outputs)(weights, biases, batch)
+
+        self._run = jax.jit(run_on)
+
+    def __call__(self, batch: Batch) -> Targets:
+        share = {name: array[self._order] for name, array in batch.items()}
+        found = self._run(self._teacher.params, self._teacher.router_bias, self._mesh.put(share, self._rows))
+        back = np.argsort(self._order)
+        return Targets(*(np.asarray(array)[back] for array in found))  # pyright: ignore[reportArgumentType]
+
+
+def _record(distill: DistillConfig, batch: Batch, targets: Targets, row: int, start: int, stop: int) -> Record:
+    """The targets of a segment; a token whose target has no weight has none."""
+    here = row, slice(start, stop)
+    learned = (batch["loss_weights"][here] > 0)[:, None]
+    weighted = distill.top_k > 0 or distill.proposal != 1
+    facts = (np.where(learned[:, 0], np.asarray(array)[here], 0) for array in targets[3:])
+    return Record.of(
+        np.asarray(targets.ids_TK)[here],
+        np.asarray(targets.counts_TK)[here] * learned,
+        np.asarray(targets.weights_TK)[here] if weighted else None,
+        *facts,
+    )

@@ -1,0 +1,122 @@
+"""The teacher of a run: another model's weights, on the run's mesh with its own shardings, frozen."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.config import ModelConfig
+from sharding.config import written
+from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
+from trainer.checkpoint import Checkpoints, locate
+from trainer.config import DistillConfig, RunConfig
+from trainer.hf.load import open_model
+from trainer.initialise import check_same_tokenizer, check_tokenizer
+from trainer.memory import check_memory
+from trainer.placement import mesh_problems
+from trainer.step import Skeleton, Teacher, TrainState
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A teacher and what a run says of it."""
+
+    teacher: Teacher
+    model: ModelConfig
+    name: str
+    """Its own, wherever it lies."""
+    origin: str
+    """Where the weights are from, for a line to the user."""
+
+
+def load_teacher(
+    run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, student: TrainState | None, tokenizer_digest: str
+) -> LoadedTeacher:
+    """The teacher that `distill` names. `student`: shapes of the state that has to be in memory beside it, if any.
+
+    Raises:
+        UserError: nothing there; another tokenizer; a model whose tokens, tiles or windows of sound are not the student's,
+            that the mesh does not divide, or for which there is no room.
+    """
+    path = Path(distill.teacher).expanduser()
+
+    def prepared(model: ModelConfig) -> Skeleton:
+        skeleton = _skeleton(run, distill, mesh, model)
+        check_memory(student, mesh, skeleton.abstract_weights)
+        return skeleton
+
+    if not path.exists():
+        raise UserError(
+            f"distill.teacher: found {distill.teacher!r}, which does not exist; expected a run directory, a checkpoint or a "
+            "Hugging Face directory. Train a teacher first (configs/tiny_behemoth.py trains a small one)."
+        )
+    if any(path.glob("*.safetensors")):
+        found = open_model(path)
+        if found.tokenizer:
+            check_same_tokenizer(f"{path}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
+        skeleton = prepared(found.model)
+        note = "" if found.tokenizer else "; its tokenizer is unknown"
+        params = found.weights(skeleton.abstract_weights[0])
+        return LoadedTeacher(Teacher(skeleton, params, {}), skeleton.config, path.name, f"{path}{note}")
+    folder, step = locate(path)
+    checkpoints = Checkpoints(folder)
+    known = check_tokenizer(checkpoints, step, tokenizer_digest)
+    skeleton = prepared(checkpoints.run(step).model)
+    weights, biases = skeleton.abstract_weights
+    params, router_bias = checkpoints.restore_weights(step, weights, biases)
+    note = "" if known else "; its tokenizer is unknown"
+    if router_bias is None:  # an imported model has none
+        router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), biases)
+    teacher = Teacher(skeleton, params, router_bias)
+    return LoadedTeacher(
+        teacher, skeleton.config, f"{folder.parent.name}, step {step}", f"{folder.parent}, step {step}{note}"
+    )
+
+
+def _skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig) -> Skeleton:
+    """The teacher without its weights, in the precision in which it computes."""
+    problems = list(differences(run.model, model))
+    model = dataclasses.replace(
+        model,
+        dtype=distill.teacher_dtype,
+        param_dtype=distill.teacher_dtype,
+        remat="none",
+        expert_kernel=run.model.expert_kernel,
+        capacity_factor=0.0,
+    )
+    problems += [
+        f"{problem} on the mesh {written(mesh.sizes)}"
+        for problem in mesh_problems(dataclasses.replace(run, model=model), mesh.sizes)
+    ]
+    if problems:
+        raise UserError(
+            f"distill.teacher: {distill.teacher} cannot teach this run: {'; '.join(problems)}. A teacher may differ in depth, "
+            "width, experts and the sizes of its encoders, but it reads the same tokens, tiles and windows of sound."
+        )
+    return Skeleton(model, mesh)
+
+
+def differences(student: ModelConfig, teacher: ModelConfig) -> list[str]:
+    """Why a teacher cannot read the student's batches, or speaks of other tokens."""
+    found: list[str] = []
+
+    def compare(name: str, ours: Any, theirs: Any) -> None:
+        if ours != theirs:
+            found.append(f"model.{name} is {theirs} in the teacher and {ours} in the student")
+
+    compare("vocab_size", student.vocab_size, teacher.vocab_size)
+    for encoder, names in (
+        ("vision", ("image_size", "tokens_per_tile")),
+        ("audio", ("mel_bins", "window_frames", "tokens_per_window")),
+    ):
+        ours, theirs = getattr(student, encoder), getattr(teacher, encoder)
+        if ours is not None and theirs is None:
+            found.append(f"model.{encoder} is None in the teacher")
+        elif ours is not None:
+            for name in names:
+                compare(f"{encoder}.{name}", getattr(ours, name), getattr(theirs, name))
+    return found
