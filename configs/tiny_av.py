@@ -5,15 +5,15 @@
 The model of configs/tiny.py with an audio encoder beside its vision encoder. Text, drawn scenes, clips of a shape that
 moves one of eight ways, and two to four digits as tones, made on the spot.
 
-Not yet run whole on an idle machine, so no time and no scores of it are given. What was measured, with shorter runs of this
-config on other mixtures: clips and tones alone (0.65 and 0.35 of the tokens), 500 steps, held-out questions answered right
-for combinations that training shows / never shows, with another question's file, and by the best guess:
+Last run on two cores of a shared AMD EPYC (Python 3.11.7, jax 0.10.2, float32): 10:40 minutes. Held-out questions answered
+right after 1200 steps, for combinations that training shows / never shows, with another question's file, and by the best guess:
 
-    digits    98 % / 94 %   shuffled 0 %   chance  2 %
-    digit     94 % / 94 %   shuffled 3 %   chance 11 %
+    digits   100 % / 100 %   shuffled  0 %   chance  2 %
+    digit    100 % / 100 %   shuffled  5 %   chance 11 %
+    motion    18 % /   5 %   shuffled 11 %   chance 18 %
 
-Which way a shape moves was not learned in runs of 300 to 700 steps on clips alone: 16 to 19 % right for combinations that
-training shows, 1 to 8 % for those that it never shows (of which it has learned that they do not occur), chance 14 %.
+Which way a shape moves is not learned in this mixture yet. On clips alone it is: after 400 steps with
+--config.steps=400 --config.data.mixture='{"clips":1.0}' it was told right 100 % / 100 % of the time.
 """
 
 from ml_collections import ConfigDict
@@ -51,16 +51,18 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         RunConfig(
             name="tiny_av",
-            steps=2000,
+            steps=1200,
             model=model,
             data=DataConfig(
-                mixture={"text": 0.15, "scenes": 0.3, "clips": 0.35, "tones": 0.2},
+                mixture={"text": 0.1, "scenes": 0.3, "clips": 0.4, "tones": 0.2},
                 sequence_length=512,
                 batch_size=4,
                 tiles_per_row=16,
                 windows_per_row=8,
                 tokenizer_size=1024,
                 scenes=16384,
+                clips=8192,
+                tones=8192,
             ),
             optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=40),
             checkpoint=CheckpointConfig(every_steps=200),

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from data.scene_text import Piece
+from data.scene_text import QUESTION_WEIGHT, Piece
 
 
 class Ask(NamedTuple):
@@ -24,5 +24,5 @@ class Ask(NamedTuple):
 def lines(asks: Sequence[Ask], rng: random.Random) -> Iterator[Piece]:
     """Questions and their answers, one line each."""
     for ask in asks:
-        yield Piece(rng.choice(ask.wordings))
-        yield Piece(f" {ask.answers[0] if rng.random() < 0.6 else rng.choice(ask.answers)}\n", answer=True)
+        yield Piece(rng.choice(ask.wordings), QUESTION_WEIGHT)
+        yield Piece(f" {ask.answers[0] if rng.random() < 0.6 else rng.choice(ask.answers)}\n")

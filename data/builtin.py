@@ -79,7 +79,7 @@ def read(unit: Unit) -> Iterator[Found]:
     for index in range(unit.start, unit.stop):
         split = "heldout" if index >= drawn.HELD_OUT_START else "train"
         thing = made(unit.path, index, unit.parameters)
-        texts = (Part("text", text=piece.text) for piece in pieces(thing, unit.parameters))
+        texts = (Part("text", text=piece.text, weight=piece.weight) for piece in pieces(thing, unit.parameters))
         yield Found(f"{unit.path}/{index}", Document(str(index), (file_of(thing), *texts), unit.path, split))
 
 

@@ -65,11 +65,17 @@ class Ask(NamedTuple):
         return tuple(way.format(value) for way in ways for value in self.values)
 
 
+QUESTION_WEIGHT = 0.1
+"""Of the words of a question as targets. Nobody can foresee what is asked, and there are more of these words than of others:
+at full weight a model learns late what the pictures show."""
+
+
 class Piece(NamedTuple):
     """A stretch of a document's text. Pieces are tokenised one by one."""
 
     text: str
-    answer: bool = False
+    weight: float = 1.0
+    """Of its tokens as targets."""
 
 
 def normalise(answer: str) -> str:
@@ -97,10 +103,10 @@ def document(scene: Scene, rng: random.Random) -> list[Piece]:
     caption_first = rng.random() < 0.25
     pieces = list(_caption(scene, rng)) if caption_first else []
     for ask in _choose(questions(scene), rng.randint(4, 7), rng):
-        pieces.append(Piece(prompt(rng.choice(ask.wordings))))
+        pieces.append(Piece(prompt(rng.choice(ask.wordings)), QUESTION_WEIGHT))
         plainest, *others = ask.answers
         answer = plainest if rng.random() < 0.6 else rng.choice(others)
-        pieces.append(Piece(f" {answer}\n", answer=True))
+        pieces.append(Piece(f" {answer}\n"))
     if not caption_first:
         pieces += _caption(scene, rng)
     return pieces

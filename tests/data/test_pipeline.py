@@ -50,7 +50,7 @@ def slow_scene(dataset: Dataset, config, image, index: int):
     for piece in document(scene, random.Random(f"text/{config.seed}/{index}")):
         ids = tokenizer.encode(piece.text)
         tokens += ids
-        weights += [1.0] * len(ids)
+        weights += [piece.weight] * len(ids)
     return (
         [*tokens, tokenizer.special[END_OF_TEXT]],
         [*weights, 1.0],

@@ -1,6 +1,7 @@
 """Scenes are drawn as they are described, and what is held out never appears in training."""
 
 import dataclasses
+import itertools
 import random
 import re
 from collections import Counter
@@ -165,8 +166,9 @@ def test_documents_ask_and_answer_truly_and_caption_every_object():
 def test_answers_come_in_several_ways():
     ways = Counter()
     for scene in TRAIN[:600]:
-        for piece in document(scene, random.Random(scene.index)):
-            if piece.answer:
+        for before, piece in itertools.pairwise(document(scene, random.Random(scene.index))):
+            assert (before.weight < 1) == before.text.endswith("?")
+            if before.text.endswith("?"):
                 ways[piece.text.strip() == value_of(piece.text.strip())] += 1
     assert 0.2 < ways[False] / ways.total() < 0.6
 

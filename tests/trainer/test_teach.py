@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from data.pipeline import build_dataset
 from data.target_cache import TargetCache, describe
 from launch.config_file import load_run
 from sharding.errors import UserError
 from tests.trainer.processes import ROOT, finish, metrics, start, wait_until
 from trainer.config import DistillConfig
-from trainer.targets import CachedSource
+from trainer.targets import CachedSource, DrawKeys
 from trainer.teach import teach
 
 CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
@@ -96,6 +99,25 @@ def test_it_goes_on_after_a_kill_and_in_parts_to_the_same_records(teacher: Path,
     assert facts["shards"] == 2 and facts["repeated segments"] == 0
     for name in ("segments", "tokens", "ids of a token", "bytes of records"):
         assert facts[name] == expected[name]
+
+
+def test_a_mesh_keeps_what_one_device_does(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=12)
+    teach(dataclasses.replace(run, distill=distill), tmp_path)  # on all devices here
+    assert jax.device_count() == 8
+    with TargetCache(cache) as alone, TargetCache(tmp_path) as mesh:
+        assert alone.header == mesh.header
+        batch = build_dataset(run.data, run.media, "train").batch(1)
+        digests = [segment.digest for segment in DrawKeys(alone.header).segments(batch)]
+        assert len(digests) == 8
+        same = []
+        for ours, theirs in zip(mesh.get(digests), alone.get(digests), strict=True):
+            assert ours and theirs and ours.tokens == theirs.tokens
+            np.testing.assert_allclose(ours.target_log_prob, theirs.target_log_prob, atol=4e-3)  # a float16 near 5
+            rows = [targets.rows(targets.ids, 12) for targets in (ours, theirs)]
+            same += np.all(rows[0] == rows[1], axis=1).tolist()
+        assert np.mean(same) > 0.98  # a draw on the edge between two ids may fall to either side
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""The default run, whole: it learns to see, and says so in its report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.report_scores import Score
+
+ROOT = Path(__file__).parents[1]
+
+
+def trained(config: str, workdir: Path) -> dict[str, Any]:
+    """Trains a config as a user does; its held-out scores."""
+    command = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main())", "train"]
+    command += ["--config", f"configs/{config}.py", "--workdir", str(workdir)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    warnings = [line for line in done.stderr.splitlines() if not line.startswith("preparing built-in data: ")]
+    assert not warnings, done.stderr
+    print(done.stdout[-2500:])
+    assert (workdir / "report.html").stat().st_size > 50_000
+    return json.loads((workdir / "evaluation.json").read_text())
+
+
+def score(rows: list[dict[str, Any]]) -> Score:
+    return Score(sum(row["correct"] for row in rows), sum(row["count"] for row in rows))
+
+
+def check(evaluation: dict[str, Any], *attributes: str) -> None:
+    """Surely above chance: each attribute for combinations that were seen, all of them together for novel ones (of each so
+    few are asked about that luck would decide). And no more than chance with other and blank files."""
+    questions = [row for row in evaluation["questions"] if row["attribute"] in attributes]
+
+    def of(condition: str, combination: str = "") -> list[dict[str, Any]]:
+        return [row for row in questions if row["condition"] == condition and combination in ("", row["combination"])]
+
+    for rows in ([row] for row in of("real", "seen")):
+        assert score(rows).interval()[0] > rows[0]["chance"], rows
+    novel = of("real", "novel")
+    assert score(novel).interval()[0] > sum(row["chance"] * row["count"] for row in novel) / score(novel).count, novel
+    for attribute in attributes:
+        rows = [row for row in questions if row["attribute"] == attribute]
+        for condition in ("shuffled", "blank"):
+            others = score([row for row in rows if row["condition"] == condition])
+            assert others.interval()[0] < max(row["chance"] for row in rows), f"{attribute}, {condition}: {others}"
+
+
+@pytest.mark.slow
+def test_the_default_run_answers_questions_about_pictures_it_has_never_seen(tmp_path: Path) -> None:
+    evaluation = trained("tiny", tmp_path)
+    assert evaluation["text_bits_per_byte"] < 2.6
+    check(evaluation, "colour", "shape")
