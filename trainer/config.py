@@ -105,7 +105,7 @@ class DistillConfig:
     adapt: Literal["none", "confidence", "correct", "gap"] = "none"
     """What the weight of a token is multiplied by. confidence: 1 - entropy of the teacher / log of the vocabulary; correct: 1
     where the teacher's likeliest token is the target, else 0; gap: p / (p + q) with the teacher's and the student's
-    probability of the target. (Ours: no published rule.)"""
+    probability of the target. These rules are ours."""
     block_vocabulary: int = 4096
     """Token ids whose logits exist at the same time in the loss, forward and backward."""
 

@@ -88,7 +88,7 @@ def test_help_is_quick():
     ("arguments", "told"),
     [
         (["trian"], "did you mean train?"),
-        (["plan"], "the commands are train, config, inspect"),
+        (["plan"], "the commands are train, teach, config, inspect"),
         (["train"], "required: --config"),
         (["train", "--cofnig", "x.py"], "no flag --cofnig; did you mean --config?"),
         (["train", "--config", "configs/tiny.py", "--wrokdir=x"], "did you mean --workdir?"),

@@ -35,9 +35,7 @@ MESHES += [
 
 
 @pytest.mark.parametrize(("case", "sizes"), [
-    (EVERYTHING, {"fsdp": 8}),
     (EVERYTHING, {"data": 2, "fsdp": 2, "expert": 2}),
-    (EVERYTHING, {"context": 8}),
     (IN_TURN, {"fsdp": 2, "expert": 2, "tensor": 2}),
     (IN_TURN, {"stage": 2, "expert": 2, "context": 2}),
 ])  # fmt: skip

@@ -301,6 +301,8 @@ def test_whole_numbers_that_may_be_zero_are_these():
         "DataConfig.tiles_per_row",
         "DataConfig.windows_per_row",
         "DataConfig.workers",
+        "DistillConfig.draws",
+        "DistillConfig.top_k",
         "EvalConfig.questions",
         "ModelConfig.moe_layer_step",
         "ModelConfig.nope_layer_step",
@@ -385,8 +387,9 @@ def options(text: str) -> list[str]:
 def test_render_shows_every_option_its_meaning_and_what_differs():
     text = render(changed(optimizer__peak_lr="0.5"))
     names = [line.split(" = ")[0] for line in options(text)]
-    absent = {name for name in option_names() if name.startswith(("model.rope_scaling.", "model.audio."))}
-    assert set(names) == set(option_names()) - absent | {"model.rope_scaling", "model.audio"}
+    sections = ("model.rope_scaling", "model.audio", "distill")  # that are None by default
+    absent = {name for name in option_names() if name.startswith(tuple(f"{section}." for section in sections))}
+    assert set(names) == set(option_names()) - absent | set(sections)
     assert "* optimizer.peak_lr = 0.5  (default 0.0003)\n        Learning rate at the end of the warmup.\n" in text
     assert "\n  optimizer.beta1 = 0.9\n" in text
     assert "# model.vision: The vision encoder: one ViT per square tile" in text
