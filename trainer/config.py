@@ -259,6 +259,11 @@ class RunConfig:
                 f"found {self.data.row_parts}, parts of {part} tokens; expected parts of a multiple of "
                 f"model.chunk_size={self.model.chunk_size}, or chunks would cross their edges",
             )
+        if self.distill and self.distill.top_k > self.model.vocab_size:
+            yield (
+                "distill.top_k",
+                f"found {self.distill.top_k}, expected at most model.vocab_size={self.model.vocab_size}",
+            )
         for name, encoder in (("scenes", "vision"), ("clips", "vision"), ("tones", "audio")):
             if name in names(self.data) and getattr(self.model, encoder) is None:
                 yield f"data.mixture.{name}", f"found a weight above zero, expected 0 when model.{encoder} is None"

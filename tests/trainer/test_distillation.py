@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import distillation_objective, soft_weight
 from trainer.initialise import abstract_state
 from trainer.objective import extras_for, next_token_objective
+from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton, Teacher, loss_and_gradient
 from trainer.teacher import load_teacher
 
@@ -237,3 +239,20 @@ def test_another_tokenizer_a_wrong_path_and_a_mesh_that_does_not_divide_are_refu
         load(micro(), tmp_path / "nothing", digest)
     with pytest.raises(UserError, match=r"num_heads=3 cannot be split into 2 .* on the mesh tensor=2"):
         load(micro(), tmp_path, digest, DeviceMesh.of(jax.devices()[:2], {"tensor": 2}))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"draws": 4, "divergence": "reverse"}, "distill.divergence: found 'reverse', expected 'forward' with draws"),
+    ({"top_k": 4, "divergence": "jensen_shannon"}, "distill.divergence: found 'jensen_shannon'"),
+    ({"top_k": 4, "draws": 4}, "distill.top_k: found 4 beside draws=4"),
+    ({"top_k": 100_000}, "distill.top_k: found 100000, expected at most model.vocab_size"),
+    ({"proposal": 0.5}, "distill.proposal: found 0.5, expected 1 without draws"),
+    ({"source": "cache", "draws": 4}, "distill.cache: found nothing"),
+    ({"source": "cache", "cache": "c"}, "distill.draws: found 0, as top_k is"),
+    ({"temperature": 0.0}, "distill.temperature: found 0, expected more than 0"),
+    ({"soft_weight": 1.5}, "distill.soft_weight: found 1.5, expected 0 to 1"),
+])  # fmt: skip
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:
+    plain = to_plain(micro()) | {"distill": {"teacher": "t", **options}}
+    with pytest.raises(UserError, match=re.escape(words)):
+        from_plain(RunConfig, plain)
