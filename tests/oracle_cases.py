@@ -133,8 +133,13 @@ def _sound(
     return {"audio_frames": frames, "audio_positions": positions}
 
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""These tests compile far longer than they compute; the programs are the same, less polished by LLVM."""
+FAST_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+"""These tests compile far longer than they compute; the programs are the same, their machine code is less polished."""
 
 
 def shipped(config: ModelConfig, micro_batches: int = 1, with_gradient: bool = True) -> Callable[[Any, Any, Any], Any]:
