@@ -184,7 +184,7 @@ class TargetCache:
             folder: of the cache.
             missing: whether a segment that is missing or damaged raises, or is None and counted.
             tokenizer: digest of the one that the student has.
-            teacher: what the header must say of it, or a part of that.
+            teacher: `name` and `digest` of the one whose cache it has to be; names may differ.
             preprocessing: of the student's data.
             vocab_size: of the student.
             verify: compare the checksums of the indexes, which reads them.
@@ -200,12 +200,12 @@ class TargetCache:
                 f"{path}: tokenizer: found {header.tokenizer}, expected {tokenizer}, that of the student's data. Teacher and "
                 "student need the same one."
             )
-        for name, value in (teacher or {}).items():
-            if _canonical(header.teacher.get(name)) != _canonical(value):
-                raise UserError(
-                    f"{path}: teacher.{name}: found {header.teacher.get(name)!r}, expected {value!r}. Give the cache of "
-                    "that teacher, or expect this one."
-                )
+        if teacher and teacher["digest"] != header.teacher.get("digest"):
+            theirs, ours = (f"{one.get('name')} ({one.get('digest')})" for one in (header.teacher, teacher))
+            raise UserError(
+                f"{path}: teacher: found {theirs}, expected {ours}, which is distill.teacher. Name the teacher whose cache it "
+                "is, or none (distill.teacher=''), or let `drover teach` fill another folder."
+            )
         if preprocessing is not None and _canonical(dict(preprocessing)) != _canonical(dict(header.preprocessing)):
             raise UserError(
                 f"{path}: preprocessing: found {dict(header.preprocessing)}, expected {dict(preprocessing)}. No segment "

@@ -71,8 +71,8 @@ class DistillConfig:
     MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset({"draws", "top_k"})
 
     teacher: str = ""
-    """Run directory, one of its checkpoints, or directory of Hugging Face Llama 4 safetensors: the teacher's weights. Not
-    read where targets come from a cache."""
+    """Run directory, one of its checkpoints, or directory of Hugging Face Llama 4 safetensors: the teacher's weights.
+    Where targets come from a cache they are not read, but a cache of another teacher is refused; empty takes any."""
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the teacher's weights and of what it computes."""
     source: Literal["mesh", "cache"] = "mesh"

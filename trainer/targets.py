@@ -19,6 +19,7 @@ from sharding.errors import UserError
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import KEYS, CachedTargets
 from trainer.step import Params
+from trainer.teacher import identity
 
 
 def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, teacher: Mapping[str, Any]) -> Header:
@@ -68,15 +69,18 @@ class CachedSource:
     def __init__(self, run: RunConfig, distill: DistillConfig, tokenizer_digest: str):
         """
         Raises:
-            UserError: no cache, or one of other targets, tokens or data than those of this run.
+            UserError: no cache, or one of other targets, tokens or data than those of this run, or of another teacher than
+                `distill.teacher`, where that can be seen.
         """
-        folder = Path(distill.cache).expanduser()
+        folder, teacher = Path(distill.cache).expanduser(), Path(distill.teacher).expanduser()
+        here = bool(distill.teacher) and teacher.exists()
         self._cache = TargetCache(
             folder,
             distill.missing,
             tokenizer=tokenizer_digest,
             preprocessing=asdict(run.media),
             vocab_size=run.model.vocab_size,
+            teacher=identity(teacher) if here else None,
         )
         self.header = self._cache.header
         expected = header_of(run, distill, tokenizer_digest, self.header.teacher)
@@ -93,6 +97,8 @@ class CachedSource:
         self._slots, self._segment_recipe = distill.draws or distill.top_k, self.header.segment_recipe
         self._form = self.header.record_format
         self.origin = f"{folder}, of {self.header.teacher.get('name', 'an unknown teacher')}"
+        if distill.teacher and not here:
+            self.origin += f"; not compared with {distill.teacher}, which is not there"
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with the arrays of `CachedTargets`."""

@@ -22,7 +22,7 @@ from trainer.runtime import configure_jax
 from trainer.signals import StopRequest
 from trainer.step import Teacher
 from trainer.targets import DrawKeys, fingerprint, header_of
-from trainer.teacher import load_teacher
+from trainer.teacher import identity, load_teacher
 
 SHARD_SECONDS = 600.0
 """A shard is finished after so long, full or not: what a killed command loses."""
@@ -50,8 +50,8 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
         dataset = build_dataset(run.data, run.media, "train", tell=tell)
     digest = dataset.tokenizer.digest
     taught = load_teacher(run, distill, mesh, None, digest)
-    identity = {"name": taught.name, "fingerprint": fingerprint(taught.teacher.params)}
-    header = header_of(run, distill, digest, identity)
+    known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(taught.teacher.params)}
+    header = header_of(run, distill, digest, known)
     keyed, ask = DrawKeys(header), _Asked(run, distill, mesh, taught.teacher)
     mine = range(part, run.steps, parts)
     began = last = time.monotonic()

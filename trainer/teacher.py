@@ -1,6 +1,8 @@
 """The teacher of a run: another model's weights, on the run's mesh with its own shardings, frozen."""
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,38 @@ class LoadedTeacher:
 
     teacher: Teacher
     model: ModelConfig
-    name: str
-    """Its own, wherever it lies."""
     origin: str
     """Where the weights are from, for a line to the user."""
+
+
+def identity(path: Path) -> dict[str, str]:
+    """Names the teacher at a path, wherever that lies, without reading its weights.
+
+    `digest` is of what was saved with a checkpoint (config, position in the data), or of config.json and the beginning of
+    every file of weights.
+
+    Raises:
+        UserError: nothing there.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if any(path.glob("*.safetensors")):
+        for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
+            with file.open("rb") as opened:
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode() + opened.read(2**20))
+        return {"name": path.name, "digest": digest.hexdigest()}
+    folder, step = locate(_existing(path))
+    saved = Checkpoints(folder).metadata(step)
+    digest.update(json.dumps(saved, sort_keys=True).encode())
+    return {"name": f"{folder.parent.name}, step {step}", "digest": digest.hexdigest()}
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(
+            f"distill.teacher: found {str(path)!r}, which does not exist; expected a run directory, a checkpoint or a "
+            "Hugging Face directory. Train a teacher first (configs/tiny_behemoth.py trains a small one)."
+        )
+    return path
 
 
 def load_teacher(
@@ -42,18 +72,13 @@ def load_teacher(
         UserError: nothing there; another tokenizer; a model whose tokens, tiles or windows of sound are not the student's,
             that the mesh does not divide, or for which there is no room.
     """
-    path = Path(distill.teacher).expanduser()
+    path = _existing(Path(distill.teacher).expanduser())
 
     def prepared(model: ModelConfig) -> Skeleton:
         skeleton = _skeleton(run, distill, mesh, model)
         check_memory(student, mesh, skeleton.abstract_weights)
         return skeleton
 
-    if not path.exists():
-        raise UserError(
-            f"distill.teacher: found {distill.teacher!r}, which does not exist; expected a run directory, a checkpoint or a "
-            "Hugging Face directory. Train a teacher first (configs/tiny_behemoth.py trains a small one)."
-        )
     if any(path.glob("*.safetensors")):
         found = open_model(path)
         if found.tokenizer:
@@ -61,7 +86,7 @@ def load_teacher(
         skeleton = prepared(found.model)
         note = "" if found.tokenizer else "; its tokenizer is unknown"
         params = found.weights(skeleton.abstract_weights[0])
-        return LoadedTeacher(Teacher(skeleton, params, {}), skeleton.config, path.name, f"{path}{note}")
+        return LoadedTeacher(Teacher(skeleton, params, {}), skeleton.config, f"{path}{note}")
     folder, step = locate(path)
     checkpoints = Checkpoints(folder)
     known = check_tokenizer(checkpoints, step, tokenizer_digest)
@@ -72,9 +97,7 @@ def load_teacher(
     if router_bias is None:  # an imported model has none
         router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), biases)
     teacher = Teacher(skeleton, params, router_bias)
-    return LoadedTeacher(
-        teacher, skeleton.config, f"{folder.parent.name}, step {step}", f"{folder.parent}, step {step}{note}"
-    )
+    return LoadedTeacher(teacher, skeleton.config, f"{folder.parent}, step {step}{note}")
 
 
 def _skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig) -> Skeleton:

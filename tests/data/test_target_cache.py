@@ -319,8 +319,10 @@ def test_a_cache_is_not_gone_on_with_for_something_else(cache, name, value) -> N
     "options, message",
     [
         ({"tokenizer": "others"}, r"header\.json: tokenizer: found tokens, expected others"),
-        ({"teacher": {"digest": "abd"}}, r"header\.json: teacher\.digest: found 'abc', expected 'abd'"),
-        ({"teacher": {"step": 7}}, r"header\.json: teacher\.step: found None, expected 7"),
+        (
+            {"teacher": {"name": "other", "digest": "abd"}},
+            r"header\.json: teacher: found teacher \(abc\), expected other \(abd\), which is distill\.teacher",
+        ),
         ({"preprocessing": {"tile_size": 48}}, r"header\.json: preprocessing: found .*32.*, expected .*48"),
         (
             {"vocab_size": 273},
@@ -334,7 +336,11 @@ def test_a_cache_of_another_teacher_or_for_another_student_is_refused(whole, opt
 
 
 def test_a_cache_that_is_as_expected_is_read(whole) -> None:
-    expected: Any = {"teacher": {"name": "teacher"}, "preprocessing": {"tile_size": 32}, "vocab_size": 274}
+    expected: Any = {
+        "teacher": {"name": "moved", "digest": "abc"},
+        "preprocessing": {"tile_size": 32},
+        "vocab_size": 274,
+    }
     TargetCache(whole, tokenizer="tokens", **expected).close()
 
 

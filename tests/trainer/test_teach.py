@@ -1,6 +1,9 @@
 """`drover teach`: what it keeps is what the teacher says beside the student; it goes on, in parts, and refuses by name."""
 
+import contextlib
 import dataclasses
+import re
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ from tests.trainer.processes import ROOT, finish, metrics, start, wait_until
 from trainer.config import DistillConfig
 from trainer.targets import CachedSource, DrawKeys
 from trainer.teach import teach
+from trainer.teacher import identity
 
 CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
 
@@ -101,6 +105,30 @@ def test_it_goes_on_after_a_kill_and_in_parts_to_the_same_records(teacher: Path,
         assert facts[name] == expected[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["mesh", "cache"])
+def test_a_student_that_was_killed_goes_on_as_if_it_had_not_been(
+    source: str, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    words = (f"--config.distill.source={source}", f"--config.distill.cache={cache}", "--config.distill.soft_weight=0.8")
+    words += (
+        "--config.distill.final_soft_weight=0.2",
+        "--config.distill.adapt=gap",
+        "--config.checkpoint.every_steps=1",
+    )
+    for name in ("whole", "killed"):
+        process = learn(tmp_path / name, teacher, *words)
+        if name == "killed":
+            wait_until(lambda: (tmp_path / "killed" / "checkpoints" / "2").is_dir(), process)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            process = learn(tmp_path / name, teacher, *words)
+        output = finish(process)
+    assert re.search("own checkpoint, step [2345]", output), output
+    whole, killed = (records(tmp_path / name) for name in ("whole", "killed"))
+    assert whole == killed and [record["step"] for record in whole if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_mesh_keeps_what_one_device_does(teacher: Path, cache: Path, tmp_path: Path) -> None:
     run = load_run(str(ROOT / "tests" / "nano.py"), {})
     distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=12)
@@ -151,6 +179,38 @@ def test_a_cache_of_other_targets_is_refused(change: dict[str, Any], words: str,
     other = dataclasses.replace(run, data=dataclasses.replace(run.data, video_fps=9.0))
     with pytest.raises(UserError, match="preprocessing: found"):
         CachedSource(other, distill, tokenizer)
+
+
+def test_a_cache_of_another_teacher_is_refused(teacher: Path, cache: Path, tmp_path: Path) -> None:
+    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    distill = DistillConfig(source="cache", cache=str(cache), draws=12, teacher=str(teacher))
+    tokenizer = TargetCache(cache).header.tokenizer
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    for same in (teacher, moved):
+        with contextlib.closing(CachedSource(run, dataclasses.replace(distill, teacher=str(same)), tokenizer)) as found:
+            assert "not compared" not in found.origin
+    absent = dataclasses.replace(distill, teacher=str(tmp_path / "absent"))
+    with contextlib.closing(CachedSource(run, absent, tokenizer)) as found:
+        assert found.origin.endswith(f"; not compared with {tmp_path}/absent, which is not there")
+    earlier = dataclasses.replace(distill, teacher=str(teacher / "checkpoints" / "3"))
+    with pytest.raises(UserError, match=f"teacher: found {teacher.name}, step 6 .*expected {teacher.name}, step 3"):
+        CachedSource(run, earlier, tokenizer)
+
+
+def test_a_hugging_face_teacher_is_named_by_its_config_and_weights(tmp_path: Path) -> None:
+    def made(name: str, config: str, numbers: bytes) -> dict[str, str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+        (folder / "model-00001-of-00001.safetensors").write_bytes(numbers)
+        return identity(folder)
+
+    one, same, config, weights = (
+        made(*given) for given in (("a", "{}", b"12"), ("b", "{}", b"12"), ("c", "{ }", b"12"), ("d", "{}", b"13"))
+    )
+    assert one["name"] == "a" and one["digest"] == same["digest"]
+    assert len({one["digest"], config["digest"], weights["digest"]}) == 3
 
 
 def test_teach_refuses_what_it_cannot_keep(teacher: Path, cache: Path, tmp_path: Path) -> None:

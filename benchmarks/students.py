@@ -1,0 +1,216 @@
+"""What a student gains from a teacher, in miniature: held-out scores of students and of controls, over paired seeds.
+
+    python -m benchmarks.students [--runs runs/students] [--seeds 3] [--steps 400]
+
+Trains the teacher (configs/tiny_behemoth.py) once, then for every seed, from the same weights and with the same batches,
+configs/tiny_distill.py in four ways: without a teacher, at each of three learning rates, of which the best by held-out loss
+is the control; without one for as many more steps as the teacher's forward passes would have paid for; with the teacher
+beside it; and with its draws from a cache, which `drover teach` fills first. Prints the table of docs/DISTILLATION.md and
+writes the plot beside it, docs/students.svg. What is finished in `--runs` is not done again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+DRAWS = 12
+PLOT = Path("docs/students.svg")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out scores of a finished run."""
+
+    text: float
+    """Loss in nats a token."""
+    scenes: float
+    """Loss in nats a token of documents about pictures; words of questions weigh a tenth."""
+    right: float
+    """Share of questions about pictures that were answered right."""
+
+    @classmethod
+    def of(cls, workdir: Path) -> "Scores":
+        evaluation = json.loads((workdir / "evaluation.json").read_text())
+        real = [row for row in evaluation["questions"] if row["condition"] == "real"]
+        right = sum(row["correct"] for row in real) / sum(row["count"] for row in real)
+        return cls(evaluation["loss"]["loss/text"], evaluation["loss"]["loss/scenes"], right)
+
+
+Options = dict[str, object]
+"""Of a config, by name."""
+Arm = dict[int, Scores]
+"""Of one way to train, by seed."""
+
+
+class Study:
+    """Runs commands of `drover`, each into a folder of its own."""
+
+    def __init__(self, runs: Path, steps: int, seeds: int):
+        self.runs, self.steps, self.seeds = runs, steps, range(seeds)
+        self.teacher, self.cache = runs / "teacher", runs / "targets"
+
+    def drover(self, title: str, *command: str) -> None:
+        """Runs a command, whose words go to a log in `runs`."""
+        print(title, "...", flush=True)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        with open(self.runs / "log.txt", "a") as log:
+            code = "from launch.cli import main; raise SystemExit(main())"
+            done = subprocess.run([sys.executable, "-c", code, *command], stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"{title}: exit status {done.returncode}; {self.runs}/log.txt says why")
+
+    def train_teacher(self) -> None:
+        if not (self.teacher / "evaluation.json").exists():
+            self.drover("teacher", "train", "--config", TEACHER, "--workdir", str(self.teacher))
+
+    def options(self, seed: int, steps: int, others: Options) -> list[str]:
+        """Of a student. Every seed has its own weights, batches and pictures; all have the teacher's tokenizer."""
+        values = {
+            "seed": seed,
+            "data.seed": seed,
+            "data.tokenizer": self.teacher / "tokenizer.json",
+            "steps": steps,
+            "distill.teacher": self.teacher,
+            "eval.every_steps": max(1, self.steps // 8),
+            "eval.batches": 16,
+            "eval.final_batches": 64,
+            "eval.questions": 512,
+            **others,
+        }
+        return ["--config", STUDENT, *(f"--config.{name}={value}" for name, value in values.items())]
+
+    def teach(self) -> None:
+        """Fills the cache with the batches of every seed."""
+        for seed in self.seeds:
+            done = self.runs / f"targets-{seed}.done"
+            if not done.exists():
+                words = self.options(seed, self.steps, {"distill.draws": DRAWS})
+                self.drover(f"targets of seed {seed}", "teach", "--out", str(self.cache), *words)
+                done.touch()
+
+    def arm(self, name: str, others: Options, steps: int | None = None) -> Arm:
+        """Trains one way over all seeds."""
+        found = {}
+        for seed in self.seeds:
+            workdir = self.runs / f"{name}-{seed}"
+            if not (workdir / "evaluation.json").exists():
+                words = self.options(seed, steps or self.steps, others)
+                self.drover(f"{name}, seed {seed}", "train", "--workdir", str(workdir), *words)
+            found[seed] = Scores.of(workdir)
+        return found
+
+    def cost(self) -> float:
+        """FLOPs of a step with the teacher beside the student, over those of a step without."""
+        from launch.config_file import load_run
+        from trainer.flops import flops_per_token
+
+        row = json.loads(next((self.runs / "online-0" / "metrics").glob("*.jsonl")).read_text().splitlines()[-1])
+        student, teacher = (
+            flops_per_token(run.model, run.data.sequence_length)
+            for run in (load_run(STUDENT, {"distill.teacher": str(self.teacher)}), load_run(TEACHER, {}))
+        )
+        amounts = row["tokens"], row["tiles"]
+        return 1 + teacher.forward_step(*amounts) / student.training_step(*amounts)
+
+    def curve(self, name: str, key: str) -> tuple[list[int], list[float]]:
+        """Means over seeds of a held-out loss, at steps."""
+        values: dict[int, list[float]] = {}
+        for seed in self.seeds:
+            for file in sorted((self.runs / f"{name}-{seed}" / "metrics").glob("*.jsonl")):
+                for row in map(json.loads, file.read_text().splitlines()):
+                    if row["kind"] == "eval":
+                        values.setdefault(row["step"], []).append(row[key])
+        steps = sorted(values)
+        return steps, [statistics.fmean(values[step]) for step in steps]
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def line(name: str, tokens: float, compute: float, arm: Arm, control: Arm) -> str:
+    """A row of the table: means, and the mean difference to the control with the smallest and the largest."""
+    cells = [name, f"{tokens:.0f}", f"{compute:.1f}"]
+    for field, digits, scale in (("text", 3, 1), ("scenes", 3, 1), ("right", 1, 100)):
+        values = {seed: scale * getattr(scores, field) for seed, scores in arm.items()}
+        cell = f"{mean(values.values()):.{digits}f}"
+        if arm is not control:
+            gains = [value - scale * getattr(control[seed], field) for seed, value in values.items()]
+            cell += f" ({mean(gains):+.{digits}f}: {min(gains):+.{digits}f} to {max(gains):+.{digits}f})"
+        cells.append(cell)
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot(study: Study, arms: dict[str, str]) -> str:
+    """Held-out losses over steps, one panel for text and one for pictures. `arms`: shown name by name of folder."""
+    from trainer.report_charts import Series, line_chart
+
+    width, height, panels = 620, 300, []
+    for i, (key, title) in enumerate((("loss/text", "text"), ("loss/scenes", "pictures"))):
+        series = [
+            Series(shown, f"c{n}", *study.curve(name, key), style="points")
+            for n, (name, shown) in enumerate(arms.items(), 1)
+        ]
+        chart = line_chart(series, "{:.2f}".format, width=width, height=height - 30)
+        inside = chart[chart.index(">") + 1 : -len("</svg>")]
+        panels.append(
+            f'<g transform="translate({i * width},30)"><text class="title" x="58" y="-10">held-out loss on {title}, nats a '
+            f"token, over steps</text>{inside}</g>"
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height}" width="{2 * width}" height="{height}">'
+        f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(panels)}</svg>\n'
+    )
+
+
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#5c636e} .title{font-weight:600;fill:#1b1e24;font-size:13px}"
+    ".grid{stroke:#e4e4df} .axis{stroke:#8b919b} .c1{--c:#2f6db5} .c2{--c:#c8501e} .c3{--c:#2b8a5a} .c4{--c:#7a4fb0}"
+    "path{fill:none;stroke:var(--c);stroke-width:1.6} .mark{fill:#fff;stroke:var(--c);stroke-width:1.6}"
+    ".end{fill:var(--c);font-weight:600} .last{font-weight:400}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/students"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    options = parser.parse_args()
+    study = Study(options.runs, options.steps, options.seeds)
+    study.train_teacher()
+    online = study.arm("online", {})
+    alone: Options = {"distill": None}
+    controls = {rate: study.arm(f"alone-{rate:g}", alone | {"optimizer.peak_lr": rate}) for rate in LEARNING_RATES}
+    best = min(controls, key=lambda rate: mean(s.text + s.scenes for s in controls[rate].values()))
+    control, cost = controls[best], study.cost()
+    longer = study.arm("longer", alone | {"optimizer.peak_lr": best}, round(cost * study.steps))
+    study.teach()
+    cached = study.arm("cached", {"distill.draws": DRAWS, "distill.source": "cache", "distill.cache": study.cache})
+
+    for rate, arm in controls.items():
+        loss = mean(s.text + s.scenes for s in arm.values())
+        print(
+            f"no teacher, learning rate {rate:g}: text + pictures {loss:.3f}{', the control' if rate == best else ''}"
+        )
+    taught = Scores.of(study.teacher)
+    print(f"teacher: text {taught.text:.3f}, pictures {taught.scenes:.3f}, questions {100 * taught.right:.1f} %\n")
+    print("| | tokens | compute | text, nats | pictures, nats | questions right, % |\n|---|---|---|---|---|---|")
+    print(line("no teacher", 1, 1, control, control))
+    print(line("no teacher, for as much compute", cost, cost, longer, control))
+    print(line("teacher beside the student", 1, cost, online, control))
+    print(line(f"teacher's {DRAWS} draws from the cache", 1, cost, cached, control))
+    shown = {f"alone-{best:g}": "no teacher", "longer": "no teacher, longer", "online": "teacher", "cached": "cache"}
+    PLOT.write_text(plot(study, shown))
+    print(f"\nplot: {PLOT}")
+
+
+if __name__ == "__main__":
+    main()

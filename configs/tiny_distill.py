@@ -1,0 +1,53 @@
+"""A student in miniature of the teacher that configs/tiny_behemoth.py trains, which computes beside it.
+
+    drover train --config configs/tiny_behemoth.py
+    drover train --config configs/tiny_distill.py
+
+Or the teacher speaks once, and is remembered:
+
+    drover teach --config configs/tiny_distill.py --out runs/targets --config.distill.draws=12
+    drover train --config configs/tiny_distill.py --config.distill.draws=12 \\
+        --config.distill.source=cache --config.distill.cache=runs/targets
+"""
+
+from ml_collections import ConfigDict
+
+from configs.tiny_behemoth import DATA
+from model.config import ModelConfig, VisionConfig
+from trainer.config import CheckpointConfig, DistillConfig, EvalConfig, LogConfig, OptimizerConfig, RunConfig
+from trainer.sections import to_config_dict
+
+
+def get_config() -> ConfigDict:
+    vision = VisionConfig(
+        image_size=48, patch_size=12, hidden_size=64, num_layers=2, num_heads=2, ffn_size=256, adapter_size=128
+    )
+    model = ModelConfig(
+        vocab_size=1024,
+        hidden_size=96,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        dense_ffn_size=384,
+        expert_ffn_size=192,
+        num_experts=4,
+        chunk_size=128,
+        rope_theta=10000.0,
+        temperature_floor=128.0,
+        init_std=0.0,
+        vision=vision,
+    )
+    return to_config_dict(
+        RunConfig(
+            name="tiny_distill",
+            steps=600,
+            model=model,
+            data=DATA,
+            distill=DistillConfig(teacher="runs/tiny_behemoth", teacher_dtype="float32"),
+            optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=40),
+            checkpoint=CheckpointConfig(every_steps=200),
+            eval=EvalConfig(every_steps=100, questions=384),
+            log=LogConfig(every_steps=5),
+        )
+    )
