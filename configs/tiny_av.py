@@ -52,12 +52,12 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         RunConfig(
             name="tiny_av",
-            steps=1000,
+            steps=1100,
             model=model,
             data=DataConfig(
                 # Clips first: where things are is learned sooner from many of them in every batch than from a few.
-                mixture={"text": 0.05, "scenes": 0.05, "clips": 0.85, "tones": 0.05},
-                curriculum={"450": {"text": 0.1, "scenes": 0.5, "clips": 0.1, "tones": 0.3}},
+                mixture={"text": 0.05, "scenes": 0.05, "clips": 0.8, "tones": 0.1},
+                curriculum={"450": {"text": 0.1, "scenes": 0.35, "clips": 0.15, "tones": 0.4}},
                 sequence_length=512,
                 batch_size=4,
                 tiles_per_row=16,

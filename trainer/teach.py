@@ -67,6 +67,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
                 if left.any():
                     stop.nothing_to_save = False
                     targets = ask(keyed(batch, segments))
+                    _check_finite(distill, n, batch, targets)
                     chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
                     records = [_record(distill, batch, targets, *segment[:3]) for segment in chosen]
                     writer.add([segment.digest for segment in chosen], records)
@@ -113,6 +114,19 @@ class _Asked:
         found = self._run(self._teacher.params, self._teacher.router_bias, self._mesh.put(share, self._rows))
         back = np.argsort(self._order)
         return Targets(*(np.asarray(array)[back] for array in found))  # pyright: ignore[reportArgumentType]
+
+
+def _check_finite(distill: DistillConfig, n: int, batch: Batch, targets: Targets) -> None:
+    """Refuses a batch of which the teacher says what is no number; nothing of it is kept."""
+    wrong = ~np.isfinite(targets.target_log_prob_T) | ~np.isfinite(targets.entropy_T)
+    wrong &= batch["loss_weights"] > 0
+    if wrong.any():
+        row, place = np.argwhere(wrong)[0]
+        raise UserError(
+            f"distill.teacher: {distill.teacher} gives no finite distribution for {wrong.sum():,} of {wrong.size:,} tokens of "
+            f"batch {n}, first in row {row} at {place}. Nothing of this batch was kept. Compute in "
+            f"distill.teacher_dtype=float32 (found {distill.teacher_dtype}), or take another checkpoint."
+        )
 
 
 def _record(distill: DistillConfig, batch: Batch, targets: Targets, row: int, start: int, stop: int) -> Record:

@@ -36,8 +36,8 @@ class LoadedTeacher:
 def identity(path: Path) -> dict[str, str]:
     """Names the teacher at a path, wherever that lies, without reading its weights.
 
-    `digest` is of what was saved with a checkpoint (config, position in the data), or of config.json and the beginning of
-    every file of weights.
+    `digest` is of what was saved with a checkpoint (config, position in the data) and of the manifest of its arrays, or of
+    config.json and the beginning of every file of weights.
 
     Raises:
         UserError: nothing there.
@@ -51,6 +51,7 @@ def identity(path: Path) -> dict[str, str]:
     folder, step = locate(_existing(path))
     saved = Checkpoints(folder).metadata(step)
     digest.update(json.dumps(saved, sort_keys=True).encode())
+    digest.update((folder / str(step) / "state" / "manifest.ocdbt").read_bytes())
     return {"name": f"{folder.parent.name}, step {step}", "digest": digest.hexdigest()}
 
 

@@ -23,13 +23,13 @@ def micro(**model: Any) -> RunConfig:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
 
 
-def save_run(root: Path, run: RunConfig) -> TrainState:
-    """Writes config, tokenizer and a checkpoint; returns its state."""
+def save_run(root: Path, run: RunConfig, **weights: Any) -> TrainState:
+    """Writes config, tokenizer and a checkpoint with random weights but for the ones given; returns its state."""
     directory, tokenizer = RunDirectory(root), load_bytes()
     directory.create()
     directory.save(run, tokenizer)
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, random_params(run.model, seed=0), {}, {}, zero, zero)
+    state = TrainState(zero, random_params(run.model, seed=0) | weights, {}, {}, zero, zero)
     metadata = {"config": to_plain(run), "data_digest": "none", "tokenizer_digest": tokenizer.digest}
     checkpoints = Checkpoints(directory.checkpoints, CheckpointConfig())
     checkpoints.save(state, metadata)

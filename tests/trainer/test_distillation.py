@@ -29,9 +29,11 @@ from tests.oracle_cases import (
 from tests.sharding.sameness import CASES, DEVICES, LENGTH, ROWS, placed
 from tests.trainer.processes import finish, metrics, start
 from tests.trainer.saved_run import micro, save_run
+from trainer import memory
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import distillation_objective, soft_weight
 from trainer.initialise import abstract_state
+from trainer.memory import tree_bytes
 from trainer.objective import extras_for, next_token_objective
 from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton, Teacher, loss_and_gradient
@@ -239,6 +241,25 @@ def test_another_tokenizer_a_wrong_path_and_a_mesh_that_does_not_divide_are_refu
         load(micro(), tmp_path / "nothing", digest)
     with pytest.raises(UserError, match=r"num_heads=3 cannot be split into 2 .* on the mesh tensor=2"):
         load(micro(), tmp_path, digest, DeviceMesh.of(jax.devices()[:2], {"tensor": 2}))
+
+
+def test_a_teacher_that_does_not_fit_beside_the_student_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run(tmp_path, micro())
+    digest = json.loads((tmp_path / "checkpoints/0/run/metadata").read_text())["tokenizer_digest"]
+    state = abstract_state(micro(), Skeleton(micro().model))
+    student = tree_bytes((state, state.params))
+    pages = {"SC_PAGE_SIZE": 1}
+    for room, fits in ((student + tree_bytes(state.params), True), (student + tree_bytes(state.params) - 1, False)):
+        monkeypatch.setattr(memory.os, "sysconf", (pages | {"SC_PHYS_PAGES": room}).__getitem__)
+        if fits:
+            load(micro(), tmp_path, digest)
+        else:
+            with pytest.raises(
+                UserError, match=r"and optimizer state, with the weights of the teacher .* or a smaller teacher"
+            ):
+                load(micro(), tmp_path, digest)
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -18,6 +18,7 @@ from data.target_cache import TargetCache, describe
 from launch.config_file import load_run
 from sharding.errors import UserError
 from tests.trainer.processes import ROOT, finish, metrics, start, wait_until
+from tests.trainer.saved_run import save_run
 from trainer.config import DistillConfig
 from trainer.targets import CachedSource, DrawKeys
 from trainer.teach import teach
@@ -211,6 +212,15 @@ def test_a_hugging_face_teacher_is_named_by_its_config_and_weights(tmp_path: Pat
     )
     assert one["name"] == "a" and one["digest"] == same["digest"]
     assert len({one["digest"], config["digest"], weights["digest"]}) == 3
+
+
+def test_a_teacher_that_says_what_is_no_number_keeps_nothing(tmp_path: Path) -> None:
+    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    save_run(tmp_path / "teacher", run, final_norm=np.full(run.model.hidden_size, np.nan, np.float32))
+    distill = DistillConfig(teacher=str(tmp_path / "teacher"), teacher_dtype="float32", draws=12)
+    with pytest.raises(UserError, match=r"gives no finite distribution for .* of batch 0, first in row 0 at 0\."):
+        teach(dataclasses.replace(run, distill=distill), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.array_record"))
 
 
 def test_teach_refuses_what_it_cannot_keep(teacher: Path, cache: Path, tmp_path: Path) -> None:
