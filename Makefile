@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LIBTPU := .venv/libtpu
 LIBTPU_VERSION := libtpu==0.0.42.1
+MESH_TESTS := tests/sharding tests/launch/test_processes.py tests/trainer/test_any_mesh.py
 
 help:  ## show this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -39,11 +40,11 @@ train: install  ## install, then the default run: minutes on a laptop
 test: install  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-slow: install  ## the slow tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+slow: install  ## the slow tests, but for those of make mesh
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow $(MESH_TESTS:%=--ignore=%)
 
 mesh: $(LIBTPU)  ## all that holds the mesh to one device: the same numbers, real processes, collectives
-	$(BIN)/python -m pytest -n 2 --dist worksteal -v tests/sharding tests/launch/test_processes.py tests/trainer/test_any_mesh.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -v $(MESH_TESTS)
 	$(MAKE) collectives
 
 collectives: $(LIBTPU)  ## what the TPU compiler makes of a step on a mesh, against the table kept; no TPU needed
