@@ -38,13 +38,13 @@ train: install  ## install, then the default run: minutes on a laptop
 	$(BIN)/drover train --config configs/tiny.py
 
 test: install  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 -m "not slow"
 
 slow: install  ## the slow tests, but for those of make mesh
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow $(MESH_TESTS:%=--ignore=%)
 
 mesh: $(LIBTPU)  ## all that holds the mesh to one device: the same numbers, real processes, collectives
-	$(BIN)/python -m pytest -n 2 --dist worksteal -v $(MESH_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -v $(MARKED) $(MESH_TESTS)
 	$(MAKE) collectives
 
 collectives: $(LIBTPU)  ## what the TPU compiler makes of a step on a mesh, against the table kept; no TPU needed
