@@ -154,23 +154,8 @@ class Dataset:
             window's tokens; that of silence and -1 in unused slots. Absent without an audio encoder.
         """
         rows = range(self.config.batch_size) if rows is None else rows
-        B, S = len(rows), self.config.sequence_length
-        batch: Batch = {
-            "tokens": np.full((B, S), self.tokenizer.special[PAD], np.int32),
-            "targets": np.zeros((B, S), np.int32),
-            "loss_weights": np.zeros((B, S), np.float32),
-            "segment_ids": np.zeros((B, S), np.int32),
-            "positions": np.zeros((B, S), np.int32),
-            "source_ids": np.zeros((B, S), np.int32),
-        }
-        if image := self.media.image:
-            M, t = self.config.tiles_per_row, image.tile_size
-            batch["image_tiles"] = np.zeros((B, M, t, t, 3), np.uint8)
-            batch["image_positions"] = np.full((B, M, image.tokens_per_tile), -1, np.int32)
-        if sound := self.media.audio:
-            A = self.config.windows_per_row
-            batch["audio_frames"] = np.full((B, A, sound.frames_per_window, sound.mel_bins), SILENCE, np.float32)
-            batch["audio_positions"] = np.full((B, A, sound.tokens_per_window), -1, np.int32)
+        batch = empty_batch(self.config, self.media, len(rows))
+        batch["tokens"][:] = self.tokenizer.special[PAD]
         all_rows = self.rows(n)
         packed = [all_rows[row] for row in rows]
         documents = self._read(packed, [(self.config.seed, n, row) for row in rows])
@@ -236,6 +221,28 @@ class Dataset:
                 row["audio_frames"][slots] = document.windows_A
                 row["audio_positions"][slots] = np.where(places >= 0, places + at, -1)
                 window = slots.stop
+
+
+def empty_batch(config: DataConfig, media: MediaSpec, rows: int) -> Batch:
+    """The arrays of a batch of so many rows, with nothing in them; see `Dataset.batch`."""
+    B, S = rows, config.sequence_length
+    batch: Batch = {
+        "tokens": np.zeros((B, S), np.int32),
+        "targets": np.zeros((B, S), np.int32),
+        "loss_weights": np.zeros((B, S), np.float32),
+        "segment_ids": np.zeros((B, S), np.int32),
+        "positions": np.zeros((B, S), np.int32),
+        "source_ids": np.zeros((B, S), np.int32),
+    }
+    if image := media.image:
+        M, t = config.tiles_per_row, image.tile_size
+        batch["image_tiles"] = np.zeros((B, M, t, t, 3), np.uint8)
+        batch["image_positions"] = np.full((B, M, image.tokens_per_tile), -1, np.int32)
+    if sound := media.audio:
+        A = config.windows_per_row
+        batch["audio_frames"] = np.full((B, A, sound.frames_per_window, sound.mel_bins), SILENCE, np.float32)
+        batch["audio_positions"] = np.full((B, A, sound.tokens_per_window), -1, np.int32)
+    return batch
 
 
 def build_dataset(config: DataConfig, media: MediaSpec, split: str, **options: Any) -> Dataset:

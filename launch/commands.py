@@ -152,9 +152,11 @@ def _add_inspect(subparsers: Any) -> tuple[str, Command]:
     inspect = subparsers.add_parser(
         "inspect",
         run=_inspect,
-        usage="drover inspect (--config FILE [--config.NAME=VALUE ...] | --workdir DIR | --hf HF_DIR) [--json]",
-        help="count a model: parameters, FLOPs, cache and memory",
-        description="Counts parameters by part, FLOPs per token, bytes of the decoding cache, and memory by precision.",
+        usage="drover inspect (--config FILE [--config.NAME=VALUE ...] | --workdir DIR | --hf HF_DIR) [--devices N] [--json]",
+        help="count a model: parameters, FLOPs, cache and memory; plan its run on any number of devices",
+        description="Counts parameters by part, FLOPs per token, bytes of the decoding cache, and memory by precision. With "
+        "--devices it also lays the run out over so many devices, none of which has to be there, traces its training step, and "
+        "counts what each of them holds.",
         epilog=OVERRIDES,
     )
     which = inspect.one_of()
@@ -163,6 +165,12 @@ def _add_inspect(subparsers: Any) -> tuple[str, Command]:
     inspect.flag(
         "--hf", among=which, type=Path, metavar="HF_DIR", help="Hugging Face directory; its config.json is read"
     )
+    inspect.flag("--devices", type=int, metavar="N", help="plan the run on so many devices; not with --hf")
+    inspect.flag(
+        "--teacher-config",
+        metavar="FILE[:ARG]",
+        help="config file of the teacher, for a plan before distill.teacher has weights; with --devices",
+    )
     inspect.flag("--json", action="store_true", help="numbers only, as JSON")
     return "inspect", inspect
 
@@ -170,6 +178,12 @@ def _add_inspect(subparsers: Any) -> tuple[str, Command]:
 def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.overrides and not arguments.config:
         raise UserError("overrides (--config.NAME=VALUE) go with --config FILE")
+    if arguments.devices is not None and (arguments.hf or arguments.devices < 1):
+        found = "--hf, a model without a run" if arguments.hf else str(arguments.devices)
+        raise UserError(f"--devices: found {found}; expected 1 or more, and --config or --workdir")
+    if arguments.teacher_config and arguments.devices is None:
+        raise UserError("--teacher-config: is for a plan; give --devices as well, such as 4096")
+    run = None
     if arguments.hf:
         from trainer.hf.config import read_model_config
 
@@ -182,10 +196,26 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from trainer.inspect import inspect_model, show
 
     facts = inspect_model(model, length)
+    if run and arguments.devices:
+        facts["plan"] = _plan(run, arguments)
     if arguments.json:
         print(json.dumps(facts, indent=2))
-    else:
-        show(facts, name)
+        return
+    show(facts, name)
+    if "plan" in facts:
+        from trainer.plan import show_plan
+
+        show_plan(facts["plan"])
+
+
+def _plan(run: "RunConfig", arguments: argparse.Namespace) -> dict[str, Any]:
+    from launch.config_file import load_run
+    from trainer.plan import plan_run
+
+    if arguments.teacher_config and not run.distill:
+        raise UserError("--teacher-config: found a run without a teacher; expected one with the section distill")
+    teacher = load_run(arguments.teacher_config, {}).model if arguments.teacher_config else None
+    return plan_run(run, arguments.devices, teacher)
 
 
 def _run_of(arguments: argparse.Namespace) -> "RunConfig":

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.config import AXES
 from sharding.place import Place
@@ -21,8 +21,10 @@ MEDIA = ("image_", "audio_")
 class DeviceMesh:
     """Devices with named axes, of which `place` is the view from inside."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     place: Place
+    platform: str
+    """Of the devices: cpu, gpu or tpu."""
     rules: Rules = field(default_factory=Rules)
 
     @classmethod
@@ -32,7 +34,14 @@ class DeviceMesh:
         assert math.prod(shape) == len(devices)
         # Accelerators are put so that neighbours in the mesh are neighbours on the wires.
         mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), **options))
+        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), **options), devices[0].platform)
+
+    @classmethod
+    def planned(cls, sizes: Mapping[str, int], **options: Any) -> "DeviceMesh":
+        """A mesh of devices that are not there, TPUs: shapes and shardings on it are those of such a mesh, and nothing runs."""
+        shape = tuple(sizes.get(name, 1) for name in AXES)
+        mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), **options), "tpu")
 
     @classmethod
     def alone(cls, device: Any | None = None) -> "DeviceMesh":
@@ -41,7 +50,13 @@ class DeviceMesh:
 
     @property
     def devices(self) -> list[Any]:
+        assert isinstance(self.mesh, Mesh), "a mesh that is planned has no devices"
         return list(self.mesh.devices.flat)
+
+    @property
+    def count(self) -> int:
+        """Devices, whether they are there or planned."""
+        return self.mesh.size
 
     @property
     def local(self) -> list[Any]:
@@ -50,7 +65,7 @@ class DeviceMesh:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return dict(zip(AXES, self.mesh.devices.shape, strict=True))
+        return dict(self.mesh.shape)
 
     @property
     def everywhere(self) -> NamedSharding:

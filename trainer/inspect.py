@@ -274,8 +274,7 @@ def show(facts: Mapping[str, Any], title: str, file: IO[str] | None = None) -> N
         title: name of the model.
         file: where to; the standard output if None.
     """
-    # Not the width of the terminal: wrapped lines are easier to read than cut columns.
-    out = Terminal(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
+    out = terminal(file)
     out.print(Text.assemble((title, "bold"), f": {_sentence(facts['model'])}"))
     for table, notes in (
         (_parts_table(facts), _parts_notes(facts)),
@@ -286,6 +285,11 @@ def show(facts: Mapping[str, Any], title: str, file: IO[str] | None = None) -> N
         out.print(table)
         for note in notes:
             out.print(Text(note, style="dim"))
+
+
+def terminal(file: IO[str] | None) -> Terminal:
+    """Not as wide as the terminal: wrapped lines are easier to read than cut columns."""
+    return Terminal(file=file, width=WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def render(facts: Mapping[str, Any], title: str) -> str:
@@ -321,7 +325,7 @@ def _sentence(model: Mapping[str, Any]) -> str:
     return text if vision or audio else f"{text}; text only"
 
 
-def _table(*headings: str) -> Table:
+def number_table(*headings: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(headings[0], no_wrap=True)
@@ -339,7 +343,7 @@ def _parts_table(facts: Mapping[str, Any]) -> Table:
         "text": counts["active"],
     }
     cost = forward | {"attention": forward["attention_projections"], "text": forward["total"], "total": 0}
-    table = _table("part", "parameters", "share", "active per token", "forward per token")
+    table = number_table("part", "parameters", "share", "active per token", "forward per token")
     for name, label in PARTS:
         parameters, flop = counts[name], cost.get(name, 0)
         if not (parameters or flop) or (name == "total" and not (model["vision"] or model["audio"])):
@@ -373,7 +377,7 @@ def _parts_notes(facts: Mapping[str, Any]) -> list[str]:
 
 def _length_table(facts: Mapping[str, Any]) -> Table:
     flops, cache = facts["flops"], facts["kv_cache"]
-    table = _table(
+    table = number_table(
         "tokens of\na document",
         "forward\nper token",
         "training\nper token",
@@ -408,7 +412,7 @@ def _length_notes(facts: Mapping[str, Any]) -> list[str]:
 
 def _memory_table(facts: Mapping[str, Any]) -> Table:
     memory, total = facts["memory"], facts["parameters"]["total"]
-    table = _table("memory", "per parameter", "bytes", *(device["name"] for device in memory["devices"]))
+    table = number_table("memory", "per parameter", "bytes", *(device["name"] for device in memory["devices"]))
     labels = {"training": "training, as here", "training_mixed": "training, bfloat16"}
     for row in memory["rows"]:
         table.add_row(

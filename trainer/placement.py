@@ -24,24 +24,38 @@ def place_run(run: RunConfig, devices: Sequence[Any]) -> DeviceMesh:
     Raises:
         UserError: its product is not their number, or it does not divide what it splits; names the nearest that do.
     """
-    sizes = run.mesh.sizes(len(devices))
+    sizes = _sizes(run, len(devices))
+    return DeviceMesh.of(devices, sizes, **_options(run, sizes))
+
+
+def planned_mesh(run: RunConfig, devices: int) -> DeviceMesh:
+    """The mesh of a run on so many devices that are not there; raises as `place_run` does."""
+    sizes = _sizes(run, devices)
+    return DeviceMesh.planned(sizes, **_options(run, sizes))
+
+
+def _sizes(run: RunConfig, devices: int) -> dict[str, int]:
+    sizes = run.mesh.sizes(devices)
     if sizes is None:
         asked = ", ".join(f"{name}={getattr(run.mesh, name)}" for name in AXES)
         fixed = {name: size for name in AXES if (size := getattr(run.mesh, name)) != REST}
-        wanted = dict.fromkeys(AXES, max(1, len(devices) // math.prod(fixed.values()))) | fixed
-        found = f"found {asked}, whose product does not make the {len(devices)} devices here"
+        wanted = dict.fromkeys(AXES, max(1, devices // math.prod(fixed.values()))) | fixed
+        found = f"found {asked}, whose product does not make {devices} devices"
     else:
         problems = mesh_problems(run, sizes)
         if not problems:
-            return DeviceMesh.of(
-                devices,
-                sizes,
-                expert_buffer=run.mesh.expert_buffer,
-                stage_batches=run.mesh.stage_batches,
-                straddle=run.data.row_parts % sizes["context"] > 0,
-            )
+            return sizes
         wanted, found = sizes, f"found {written(sizes)}: {'; '.join(problems)}"
-    raise UserError(f"mesh: {found}. {_cures(run, len(devices), wanted)}")
+    raise UserError(f"mesh: {found}. {_cures(run, devices, wanted)}")
+
+
+def _options(run: RunConfig, sizes: dict[str, int]) -> dict[str, Any]:
+    """What a `Place` knows of a run."""
+    return {
+        "expert_buffer": run.mesh.expert_buffer,
+        "stage_batches": run.mesh.stage_batches,
+        "straddle": run.data.row_parts % sizes["context"] > 0,
+    }
 
 
 def mesh_problems(run: RunConfig, sizes: dict[str, int]) -> list[str]:

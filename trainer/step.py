@@ -54,8 +54,7 @@ class Skeleton:
             UserError: the mesh does not divide a weight.
         """
         self.mesh = mesh or DeviceMesh.alone()
-        platform, place = self.mesh.devices[0].platform, self.mesh.place
-        model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), platform, place))
+        model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), self.mesh.platform, self.mesh.place))
         self.config = model.config
         self._graph, params, self._bias = nnx.split(model, nnx.Param, RouterBias)
         # A part of a weight does not show what the whole was, so `Place` reads there how it is split.

@@ -36,6 +36,20 @@ def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, tea
     )
 
 
+def check_recipe(folder: Path, header: Header, distill: DistillConfig) -> None:
+    """Refuses the cache in a folder if its targets were made in another way than the configuration says."""
+    differing = [
+        f"distill.{name}: found {getattr(header, name)}, expected {getattr(distill, name)}"
+        for name in ("draws", "top_k", "temperature", "proposal")
+        if getattr(header, name) != getattr(distill, name)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder}/header.json: {'; '.join(differing)} as in the configuration. Make the options the same, or make "
+            "another cache."
+        )
+
+
 def fingerprint(params: Params) -> str:
     """Names a teacher by its weights: the shape and the first numbers of every one, on any mesh."""
     digest = hashlib.blake2b(digest_size=16)
@@ -43,6 +57,17 @@ def fingerprint(params: Params) -> str:
         first = np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf, np.float32)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + first.tobytes())
     return digest.hexdigest()
+
+
+def empty_targets(rows: int, length: int, slots: int) -> Batch:
+    """The arrays of `CachedTargets` for rows [B, S] of which a teacher has said nothing; K slots for ids."""
+    arrays = (
+        np.full((rows, length, slots), -1, np.int32),
+        np.zeros((rows, length, slots), np.float32),
+        *np.zeros((2, rows, length), np.float32),
+        np.zeros((rows, length), bool),
+    )
+    return dict(zip(CachedTargets._fields, arrays, strict=True))
 
 
 class DrawKeys:
@@ -83,17 +108,7 @@ class CachedSource:
             teacher=identity(teacher) if here else None,
         )
         self.header = self._cache.header
-        expected = header_of(run, distill, tokenizer_digest, self.header.teacher)
-        differing = [
-            f"distill.{name}: found {getattr(self.header, name)}, expected {getattr(expected, name)}"
-            for name in ("draws", "top_k", "temperature", "proposal")
-            if getattr(self.header, name) != getattr(expected, name)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder}/header.json: {'; '.join(differing)} as in the configuration. Make the options the same, or make "
-                "another cache."
-            )
+        check_recipe(folder, self.header, distill)
         self._slots, self._segment_recipe = distill.draws or distill.top_k, self.header.segment_recipe
         self._form = self.header.record_format
         self.origin = f"{folder}, of {self.header.teacher.get('name', 'an unknown teacher')}"
@@ -104,23 +119,20 @@ class CachedSource:
         """The batch with the arrays of `CachedTargets`."""
         B, S = batch["tokens"].shape
         segments = segment_digests(batch, self._segment_recipe)
-        ids_BSK = np.full((B, S, self._slots), -1, np.int32)
-        weights_BSK = np.zeros((B, S, self._slots), np.float32)
-        log_prob_BS, entropy_BS = np.zeros((2, B, S), np.float32)
-        correct_BS = np.zeros((B, S), bool)
+        arrays = empty_targets(B, S, self._slots)
         found = self._cache.get([segment.digest for segment in segments])
         for (row, start, stop, _), targets in zip(segments, found, strict=True):
             if targets is None:
                 continue
             here = row, slice(start, stop)
             used = targets.rows(np.ones(len(targets.ids), bool), self._slots)
-            ids_BSK[here] = np.where(used, targets.rows(targets.ids, self._slots), -1)
             shares = targets.counts / max(self._form.draws, 1) if targets.weights is None else targets.weights
-            weights_BSK[here] = targets.rows(shares.astype(np.float32), self._slots)
-            log_prob_BS[here], entropy_BS[here] = targets.target_log_prob, targets.entropy
-            correct_BS[here] = targets.correct
-        arrays = CachedTargets(ids_BSK, weights_BSK, log_prob_BS, entropy_BS, correct_BS)  # pyright: ignore[reportArgumentType]
-        return batch | arrays._asdict()
+            arrays["soft_ids"][here] = np.where(used, targets.rows(targets.ids, self._slots), -1)
+            arrays["soft_weights"][here] = targets.rows(shares.astype(np.float32), self._slots)
+            arrays["soft_log_prob"][here] = targets.target_log_prob
+            arrays["soft_entropy"][here] = targets.entropy
+            arrays["soft_correct"][here] = targets.correct
+        return batch | arrays
 
     @property
     def counts(self) -> Mapping[str, int]:

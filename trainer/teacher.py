@@ -16,6 +16,7 @@ from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import DistillConfig, RunConfig
+from trainer.hf.config import read_model_config
 from trainer.hf.load import open_model
 from trainer.initialise import check_same_tokenizer, check_tokenizer
 from trainer.memory import check_memory
@@ -76,7 +77,7 @@ def load_teacher(
     path = _existing(Path(distill.teacher).expanduser())
 
     def prepared(model: ModelConfig) -> Skeleton:
-        skeleton = _skeleton(run, distill, mesh, model)
+        skeleton = teacher_skeleton(run, distill, mesh, model)
         check_memory(student, mesh, skeleton.abstract_weights)
         return skeleton
 
@@ -101,8 +102,23 @@ def load_teacher(
     return LoadedTeacher(teacher, skeleton.config, f"{folder.parent}, step {step}{note}")
 
 
-def _skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig) -> Skeleton:
-    """The teacher without its weights, in the precision in which it computes."""
+def known_model(teacher: str) -> ModelConfig | None:
+    """The model of the teacher that `distill.teacher` names, whose weights are not read; None if there is nothing."""
+    path = Path(teacher).expanduser()
+    if not path.exists():
+        return None
+    if any(path.glob("*.safetensors")):
+        return read_model_config(path)
+    folder, step = locate(path)
+    return Checkpoints(folder).run(step).model
+
+
+def teacher_skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig) -> Skeleton:
+    """The teacher without its weights, in the precision in which it computes.
+
+    Raises:
+        UserError: it cannot read the student's batches, or the mesh does not divide it.
+    """
     problems = list(differences(run.model, model))
     model = dataclasses.replace(
         model,
@@ -116,12 +132,17 @@ def _skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: M
         f"{problem} on the mesh {written(mesh.sizes)}"
         for problem in mesh_problems(dataclasses.replace(run, model=model), mesh.sizes)
     ]
+    check_can_teach(distill, problems)
+    return Skeleton(model, mesh)
+
+
+def check_can_teach(distill: DistillConfig, problems: list[str]) -> None:
+    """Refuses the teacher for these reasons, if there are any."""
     if problems:
         raise UserError(
             f"distill.teacher: {distill.teacher} cannot teach this run: {'; '.join(problems)}. A teacher may differ in depth, "
             "width, experts and the sizes of its encoders, but it reads the same tokens, tiles and windows of sound."
         )
-    return Skeleton(model, mesh)
 
 
 def differences(student: ModelConfig, teacher: ModelConfig) -> list[str]:

@@ -42,10 +42,10 @@ SEVEN_HEADS = dataclasses.replace(WIDE, num_heads=7, num_kv_heads=7)
 
 
 @pytest.mark.parametrize(("run", "words"), [
-    (run_on(data=3), "found stage=1, data=3, fsdp=-1, expert=1, context=1, tensor=1, whose product does not make the 8 "
-     "devices here. Meshes of 8 devices that fit this run, the nearest first: data=4, fsdp=2"),
-    (run_on(fsdp=4), "found stage=1, data=1, fsdp=4, expert=1, context=1, tensor=1, whose product does not make the 8 "
-     "devices here"),
+    (run_on(data=3), "found stage=1, data=3, fsdp=-1, expert=1, context=1, tensor=1, whose product does not make 8 "
+     "devices. Meshes of 8 devices that fit this run, the nearest first: data=4, fsdp=2"),
+    (run_on(fsdp=4), "found stage=1, data=1, fsdp=4, expert=1, context=1, tensor=1, whose product does not make 8 "
+     "devices"),
     (run_on(dataclasses.replace(WIDE, num_experts=6), expert=4),
      "found fsdp=2, expert=4: model.num_experts=6 cannot be split into 4 equal parts. Meshes of 8 devices that fit this "
      "run, the nearest first: "),
