@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from sharding.errors import UserError
 from trainer.config import CheckpointConfig, RunConfig
+from trainer.pruning import Kept
 from trainer.sections import from_plain
 from trainer.step import Params, TrainState
 
@@ -35,6 +37,26 @@ def _like(tree: Any, saved: dict[str, Any]) -> Any:
     """The inverse of `_on_disk`, with the containers of `tree`: matched by name, never by order."""
     flat = traverse_util.flatten_dict(saved)
     return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in _named(tree)])
+
+
+def _stacked(name: tuple[str, ...]) -> bool:
+    """Whether an array, ("params", "blocks", ...), has a leading dim of super-blocks."""
+    return name[1] == "blocks"
+
+
+def _unpruned(name: tuple[str, ...], leaf: jax.ShapeDtypeStruct, kept: Kept) -> jax.ShapeDtypeStruct:
+    """The shape that an array has in the deeper model, on the same devices."""
+    if not _stacked(name):
+        return leaf
+    # Not split by super-blocks: their number there need not divide.
+    whole = jax.sharding.PartitionSpec(None, *leaf.sharding.spec[1:])
+    sharding = jax.sharding.NamedSharding(leaf.sharding.mesh, whole)
+    return jax.ShapeDtypeStruct((kept.total, *leaf.shape[1:]), leaf.dtype, sharding=sharding)
+
+
+def _pruned(array: jax.Array, like: jax.ShapeDtypeStruct, kept: Kept) -> jax.Array:
+    """The super-blocks of an array that are kept."""
+    return jax.jit(lambda array: array[np.array(kept.blocks)], out_shardings=like.sharding)(array)
 
 
 class Checkpoints:
@@ -101,8 +123,11 @@ class Checkpoints:
             saved = self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         return _like(like, saved)
 
-    def restore_weights(self, step: int, params: Params, router_bias: Params) -> tuple[Params, Params | None]:
-        """The weights and router biases saved at `step`, with the dtypes and shardings of the given shapes.
+    def restore_weights(
+        self, step: int, params: Params, router_bias: Params, kept: Kept | None = None
+    ) -> tuple[Params, Params | None]:
+        """The weights and router biases saved at `step`, with the dtypes and shardings of the given shapes; of a deeper
+        model, only the super-blocks that are kept.
 
         Biases are None where the checkpoint has none, such as one that was imported.
         """
@@ -110,18 +135,30 @@ class Checkpoints:
         weights = {"params": params}
         if any(name[0] == "router_bias" for name in stored):
             weights["router_bias"] = router_bias
-        wanted = _on_disk(weights)
-        self._check_fits(step, _named(weights), stored)
-        with self._explained(step):
+        wanted = _named(weights)
+        if kept is None:
+            self._check_fits(step, wanted, stored)
+            found = self._read(step, wanted)
+        else:
+            deeper, found = {name: _unpruned(name, leaf, kept) for name, leaf in wanted.items()}, {}
+            self._check_fits(step, deeper, stored)
+            # One array at a time, so that no more than one is in memory with what is left out.
+            for name, leaf in deeper.items():
+                array = self._read(step, {name: leaf})[name]
+                found[name] = _pruned(array, wanted[name], kept) if _stacked(name) else array
+        saved = _like(weights, traverse_util.unflatten_dict(found))
+        return saved["params"], saved.get("router_bias", None if router_bias else {})
+
+    def _read(self, step: int, wanted: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+        """Some arrays of the state saved at `step`, by name, like the given shapes."""
+        item = traverse_util.unflatten_dict(wanted)
+        with self._explained(step), ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
-                item=wanted,  # pyright: ignore[reportCallIssue]
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),  # pyright: ignore[reportCallIssue]
+                item=item,  # pyright: ignore[reportCallIssue]
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),  # pyright: ignore[reportCallIssue]
                 partial_restore=True,  # pyright: ignore[reportCallIssue]
             )
-            path = self.directory / str(step) / "state"
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                saved = _like(weights, checkpointer.restore(path, args=args))
-        return saved["params"], saved.get("router_bias", None if router_bias else {})
+            return traverse_util.flatten_dict(checkpointer.restore(self.directory / str(step) / "state", args=args))
 
     def as_stored(self, step: int, params: Params) -> Params:
         """The shapes of `params` in the dtypes in which a step has them."""

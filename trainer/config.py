@@ -165,6 +165,19 @@ class InitConfig:
     """Run directory or checkpoint whose weights to start from (optimizer and data start afresh)."""
     pretrained: str = ""
     """Directory of Hugging Face Llama 4 safetensors to start from."""
+    layers: Literal["same", "pruned"] = "same"
+    """pruned: those weights are of a deeper model, and some of its super-blocks (the repeated run of layers) are left out;
+    all else about the two models is the same."""
+    keep: tuple[int, ...] = ()
+    """Super-blocks that stay with layers="pruned", counted from 0; empty for evenly spaced ones, first and last included."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.layers == "pruned" and not (self.from_run or self.pretrained):
+            yield "layers", "found 'pruned', expected 'same' without from_run and pretrained: there is nothing to prune"
+        if self.keep and self.layers != "pruned":
+            yield "keep", f"found {self.keep}, expected nothing with layers={self.layers!r}"
+        if list(self.keep) != sorted(set(self.keep)):
+            yield "keep", f"found {self.keep}, expected each super-block once, in their order"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from sharding.errors import UserError
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import RunConfig
 from trainer.hf.load import open_model
+from trainer.pruning import Kept, kept_blocks
 from trainer.step import Params, Skeleton, TrainState, init_state, state_shardings
 
 
@@ -47,14 +48,15 @@ def initialise(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(given)
 
-    def weights_of(source: Checkpoints, step: int) -> tuple[TrainState, str]:
+    def weights_of(source: Checkpoints, step: int, kept: Kept | None = None) -> tuple[TrainState, str]:
         known = check_tokenizer(source, step, tokenizer_digest)
-        params, router_bias = source.restore_weights(step, like.params, like.router_bias)
+        params, router_bias = source.restore_weights(step, like.params, like.router_bias, kept)
         notes = [] if known else ["its tokenizer is unknown"]
+        notes += [str(kept)] if kept else []
         notes += ["router biases from zero"] if router_bias is None else []
         return fresh(params, router_bias), "".join(f"; {note}" for note in notes)
 
-    step = checkpoints.latest()
+    step, pruned = checkpoints.latest(), run.init.layers == "pruned"
     if step is not None:
         imported = checkpoints.metadata(step).get("imported_from")
         if imported:
@@ -64,14 +66,23 @@ def initialise(
         return checkpoints.restore(step, like), f"own checkpoint, step {step}"
     if run.init.from_run:
         folder, step = locate(Path(run.init.from_run))
-        state, notes = weights_of(Checkpoints(folder), step)
+        source = Checkpoints(folder)
+        kept = (
+            kept_blocks(source.run(step).model, run.model, run.init.keep, f"{folder.parent}, step {step}")
+            if pruned
+            else None
+        )
+        state, notes = weights_of(source, step, kept)
         return state, f"weights of {folder.parent}, step {step}{notes}"
     if run.init.pretrained:
-        found = open_model(Path(run.init.pretrained), run.model)
+        found = open_model(Path(run.init.pretrained), None if pruned else run.model)
+        kept = kept_blocks(found.model, run.model, run.init.keep, str(found.directory)) if pruned else None
         if found.tokenizer:
             check_same_tokenizer(f"{found.directory}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
         note = "" if found.tokenizer else "; its tokenizer is unknown"
-        return fresh(found.weights(like.params)), f"pretrained weights of {found.directory}{note}"
+        note += f"; {kept}" if kept else ""
+        weights = found.weights(like.params, kept.blocks if kept else None)
+        return fresh(weights), f"pretrained weights of {found.directory}{note}"
     return fresh(), f"scratch, seed {run.seed}"
 
 

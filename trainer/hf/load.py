@@ -53,13 +53,16 @@ class HfModel:
             place(tree, leaf.keys, jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype) if dtype else own))
         return tree
 
-    def weights(self, like: Tree) -> Tree:
-        """Our parameters as device arrays, with the dtypes and shardings of `like` (a tree of shapes).
+    def weights(self, like: Tree, kept: tuple[int, ...] | None = None) -> Tree:
+        """Our parameters as device arrays, with the dtypes and shardings of `like` (a tree of shapes); of the super-blocks
+        only those that are kept.
 
         Each device's part is read by itself, so that a host never holds more than its own parts and one tensor.
         """
         tree: Tree = {}
         for leaf in table(self.model):
+            if kept is not None and leaf.keys[0] == "blocks":
+                leaf = leaf._replace(names=tuple(leaf.names[i] for i in kept))
             wanted: Any = like
             for key in leaf.keys:
                 wanted = wanted[key]
@@ -100,7 +103,7 @@ def open_model(directory: Path, expected: ModelConfig | None = None) -> HfModel:
 
 
 def _check_same(found: ModelConfig, expected: ModelConfig, path: Path) -> None:
-    theirs, ours = _properties(found), _properties(expected)
+    theirs, ours = properties(found), properties(expected)
     differences = [
         f"model.{name}: found {ours.get(name)}, expected {theirs.get(name)}"
         for name in sorted(theirs.keys() | ours.keys())
@@ -114,19 +117,20 @@ def _check_same(found: ModelConfig, expected: ModelConfig, path: Path) -> None:
         )
 
 
-def _properties(model: ModelConfig) -> dict[str, Any]:
-    """What decides the computation, flat: (field, value)."""
+def properties(model: ModelConfig) -> dict[str, Any]:
+    """What decides the computation, flat: the option's name and its value."""
     values = asdict(model)
-    vision = values.pop("vision") or {}
-    vision.pop("tiles_per_block", None)
+    encoders = {name: values.pop(name) or {} for name in ("vision", "audio")}
+    encoders["vision"].pop("tiles_per_block", None)
+    encoders["audio"].pop("windows_per_block", None)
     for name in (*_OURS, "moe_layers", "nope_layers", "moe_layer_step", "nope_layer_step"):
         values.pop(name, None)
     kinds = model.layer_kinds()
     values["moe_layers"] = tuple(i for i, kind in enumerate(kinds) if kind.moe)
     values["nope_layers"] = tuple(i for i, kind in enumerate(kinds) if not kind.rope)
-    return values | {f"vision.{name}": value for name, value in vision.items()}
+    return values | {f"{name}.{option}": value for name, of in encoders.items() for option, value in of.items()}
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configs compute the same from the same weights, precision and speed aside."""
-    return _properties(one) == _properties(other)
+    return properties(one) == properties(other)
