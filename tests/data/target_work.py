@@ -59,6 +59,11 @@ def write(folder: Path, process: int = 0, processes: int = 1, pause: float = 0, 
                 time.sleep(pause)
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Content by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def in_a_process(work: Callable[[], None]) -> int:
     """What became of the process, as `os.waitpid` has it."""
     child = os.fork()

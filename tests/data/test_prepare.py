@@ -11,7 +11,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ from pyarrow import parquet
 
 from data import prepare as module
 from data.inspect import inspect_data, render
-from data.prepare import Options, prepare
 from data.prepared import Prepared
-from data.records import Record
-from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, TURN_END, load_file
+from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, load_file
 from sharding.errors import UserError
+from tests.data.prepare_work import jsonl, made, records, rejected
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def picture(width: int, height: int, kind: str = "PNG") -> bytes:
@@ -43,10 +43,6 @@ def sound(samples: int, kind: str = "WAV") -> bytes:
     return file.getvalue()
 
 
-def jsonl(*records: Any) -> bytes:
-    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-
-
 def tar(members: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
@@ -55,61 +51,6 @@ def tar(members: dict[str, bytes]) -> bytes:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return file.getvalue()
-
-
-class InProcess:
-    """Stands for the processes, which take seconds to start."""
-
-    def __init__(self, workers: int, context: object, start: object, arguments: tuple[Any, ...]):
-        classify = module.load_classifier(arguments[1].classifier) if arguments[1].classifier else None
-        module._worker = (*arguments, classify)
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_: object) -> None:
-        pass
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", InProcess)
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", ProcessPoolExecutor)
-
-
-def made(out: Path, *sources: Path, workers: int = 1, **options: Any) -> Prepared:
-    prepare(sources, out, Options(**{"tokenizer": "bytes", **options}), workers, lambda _: None)
-    return Prepared.open(out)
-
-
-def records(data: Prepared) -> list[Record]:
-    places = zip(data.index.shards.tolist(), data.index.records.tolist(), strict=True)
-    with data.shards as shards:
-        return shards.read(list(places))
-
-
-def ids(data: Prepared) -> list[str]:
-    return [record.id for record in records(data)]
-
-
-def rejected(out: Path) -> list[tuple[str, str]]:
-    lines = (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(line["where"], line["rule"]) for line in map(json.loads, lines)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -355,147 +296,3 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path):
     assert not (tmp_path / "out" / "unfinished").exists()
     with pytest.raises(UserError, match="lies in the source"):
         made(tmp_path / "inner" / "out", tmp_path)
-
-
-# What is kept
-
-
-def test_the_first_of_several_alike_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.formats.UNIT_BYTES", 1)
-    monkeypatch.setattr("data.formats._BLOCK", 64)
-    lines = [("x", "a"), ("y", "b"), ("x", "c"), ("z", "a"), ("y", "b"), ("v", "c"), ("w", "A")]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(*({"id": name, "text": text, "n": name} for name, text in lines)))
-    data = made(tmp_path / "out", tmp_path / "a.jsonl")
-    assert ids(data) == ["x", "y", "v", "w"] and data.facts["read"] == 7
-    assert sorted(rejected(tmp_path / "out")) == [
-        ("a.jsonl:3", "duplicate id"),
-        ("a.jsonl:4", "duplicate"),
-        ("a.jsonl:5", "duplicate id"),
-    ]
-    assert data.facts["rejected"] == {"duplicate id": 2, "duplicate": 1}
-    assert ids(made(tmp_path / "all", tmp_path / "a.jsonl", keep_duplicates=True)) == ["x", "y", "z", "v", "w"]
-
-
-def test_a_document_stays_on_its_side_when_data_are_added(tmp_path):
-    def held_out(count: int) -> set[str]:
-        (tmp_path / "a.jsonl").write_bytes(jsonl(*({"text": f"{i}"} for i in range(count))))
-        data = made(tmp_path / str(count), tmp_path / "a.jsonl", held_out=0.1)
-        return {record.id for record, out in zip(records(data), data.index.held_out, strict=True) if out}
-
-    few, many = held_out(300), held_out(600)
-    assert few == {name for name in many if int(name.split(":")[1]) <= 300} and 10 < len(few) < 60
-
-
-def test_of_a_few_documents_one_is_held_out_unless_they_say(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}, {"text": "b"}))
-    (tmp_path / "b.jsonl").write_bytes(jsonl({"text": "a", "split": "train"}, {"text": "b", "split": "train"}))
-    assert made(tmp_path / "one", tmp_path / "a.jsonl").index.held_out.sum() == 1
-    assert made(tmp_path / "none", tmp_path / "b.jsonl").index.held_out.sum() == 0
-    assert made(tmp_path / "asked", tmp_path / "a.jsonl", held_out=0.0).index.held_out.sum() == 0
-
-
-def weighed(data: Prepared) -> list[list[tuple[str, float]]]:
-    """Each document as texts of equal weight; special tokens by name."""
-    tokenizer = load_file(data.folder)
-    names = {number: name for name, number in tokenizer.special.items()}
-    documents = []
-    for record in records(data):
-        runs: list[tuple[str, float]] = []
-        for token, weight in zip(record.tokens.tolist(), record.weights.tolist(), strict=True):
-            text = names.get(token) or tokenizer.token_bytes(token).decode()
-            if runs and runs[-1][1] == weight:
-                text = runs.pop()[0] + text
-            runs.append((text, weight))
-        documents.append(runs)
-    return documents
-
-
-def test_of_a_conversation_the_answers_alone_weigh(tmp_path):
-    turns = [("system", " Be brief. "), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao")]
-    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-    messages[-1]["weight"] = 0.5
-    parts = [{"type": "text", "text": "a", "weight": 0}, {"type": "text", "text": "b", "weight": 2}]
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"messages": messages}, {"parts": parts}))
-    chat, plain = weighed(made(tmp_path / "out", tmp_path / "a.jsonl"))
-    assert [(text, weight) for text, weight in chat if weight] == [
-        (f"Hello{TURN_END}", 1.0),
-        ("Ciao", 0.5),
-        (TURN_END, 1.0),
-    ]
-    assert plain == [(f"{BEGIN_OF_TEXT}a", 0.0), (f"b{END_OF_TEXT}", 2.0)]
-
-
-def test_what_a_table_has_and_json_has_not_is_kept_as_text(tmp_path):
-    from datetime import datetime
-    from decimal import Decimal
-
-    row = {"text": "a", "at": datetime(2020, 1, 2), "price": Decimal("1.50"), "raw": b"\xff", "big": 2**63 - 1}
-    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
-    [record] = records(made(tmp_path / "out", tmp_path / "a.parquet"))
-    assert record.metadata == {"at": "2020-01-02T00:00:00", "price": "1.50", "raw": b"\xff", "big": 2**63 - 1}
-
-
-def test_filters_and_transforms_are_applied_and_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "short"}, {"text": "e\u0301t\u00e9 \r\n long enough"}))
-    options: dict[str, Any] = {
-        "filters": (("min_tokens", 10.0),),
-        "transforms": ("nfc", "unix_newlines", "strip_lines"),
-    }
-    data = made(tmp_path / "out", tmp_path / "a.jsonl", **options)
-    [record] = records(data)
-    assert load_file(tmp_path / "out").decode(record.tokens.tolist()) == "\u00e9t\u00e9\n long enough"
-    assert data.facts["rejected"] == {"min_tokens": 1}
-
-
-def test_a_classifier_refuses_with_its_reason(tmp_path):
-    (tmp_path / "judge.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "@dataclass\nclass Limit:\n    least: int = 3\n"
-        "def judge(document): return 'short' if len(document.parts[0].text) < Limit().least else None\n"
-    )
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "ab"}, {"text": "abc"}))
-    data = made(tmp_path / "out", tmp_path / "a.jsonl", classifier=f"{tmp_path / 'judge.py'}:judge")
-    assert data.facts["rejected"] == {"classifier": 1} and len(records(data)) == 1
-    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["reason"] == "short"
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        ("1 / 0", r"fails on 'a.jsonl:1' \(ZeroDivisionError: division by zero\). Let it return why"),
-        ("raise SystemExit(0)", r"fails on 'a.jsonl:1' \(SystemExit: 0\)"),
-        ("__import__('os')._exit(3)", "--workers: a process ended by itself"),
-    ],
-)
-def test_a_classifier_that_fails_ends_the_command(tmp_path, processes, body, expected):
-    (tmp_path / "judge.py").write_text(f"def judge(document): {body}\n")
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "ab"}))
-    with pytest.raises(UserError, match=expected):
-        made(tmp_path / "out", tmp_path / "a.jsonl", classifier=f"{tmp_path / 'judge.py'}:judge")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"held_out": 1.0},
-        {"held_out": float("nan")},
-        {"max_record_mb": 0},
-        {"max_record_mb": float("nan")},
-        {"max_record_mb": float("inf")},
-        {"transforms": ("rot13",)},
-        {"classifier": "missing.py:judge"},
-        {"tokenizer": "missing"},
-        {"tokenizer": "bpe", "tokenizer_size": 5},
-    ],
-)
-def test_an_option_that_cannot_be_is_an_error(tmp_path, options):
-    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
-    with pytest.raises(UserError):
-        made(tmp_path / "out", tmp_path / "a.jsonl", **options)
-
-
-def test_nothing_usable_is_an_error(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"no json\n" * 3)
-    with pytest.raises(UserError, match=r"none of 3 records could be used; .*rejected.jsonl says why"):
-        made(tmp_path / "out", tmp_path / "a.jsonl")
-    assert len(rejected(tmp_path / "out")) == 3

@@ -1,16 +1,10 @@
-"""A cache of targets: found by digest, whole after any kill, and refused with the reason where it is not what was expected."""
+"""A cache of targets: found by digest, and refused with the reason where it is not what was expected."""
 
 import hashlib
 import json
-import os
 import pickle
-import resource
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,44 +14,13 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from data import target_cache, target_index
+from data import target_cache
 from data.target_cache import Header, TargetCache, describe
 from data.target_index import ShardIndex
 from data.target_records import Targets
 from data.target_writer import TargetWriter
 from sharding.errors import UserError
-from tests.data.target_work import DIGESTS, HEADER, SEGMENTS, SHARD_BYTES, digest, same, targets, write
-
-ROOT = Path(__file__).parents[2]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def started(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.data.target_work", str(folder), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A cache that was written without interruption."""
-    folder = tmp_path_factory.mktemp("whole")
-    write(folder)
-    return folder
-
-
-@pytest.fixture
-def cache(whole, tmp_path) -> Path:
-    """A copy of it, to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "cache"))
+from tests.data.target_work import DIGESTS, HEADER, SEGMENTS, SHARD_BYTES, digest, files, same, targets
 
 
 def test_what_was_written_is_found_by_its_digest_in_any_order(whole) -> None:
@@ -152,18 +115,6 @@ def test_an_empty_cache_is_described(tmp_path) -> None:
         assert cache.get([digest(0)]) == [None]
 
 
-def test_no_segment_is_written_twice(tmp_path) -> None:
-    with TargetWriter(tmp_path, HEADER, shard_bytes=SHARD_BYTES) as writer:
-        assert [
-            *writer.add([digest(i // 2) for i in range(50)], [targets(i // 2) for i in range(50)]).tolist(),
-            *(writer.add([digest(i)], [targets(i)])[0] for i in range(30)),
-        ] == [True, False] * 25 + [False] * 25 + [True] * 5
-    with TargetWriter(tmp_path, HEADER, 1, 2, SHARD_BYTES) as writer:
-        assert writer.done([digest(29), digest(30)]).tolist() == [True, False]
-        assert not writer.add([digest(29)], [targets(29)])[0]
-    assert describe(tmp_path)["segments"] == 30 and describe(tmp_path)["repeated segments"] == 0
-
-
 def test_the_weights_of_top_k_and_of_a_proposal_are_kept(tmp_path) -> None:
     ids = np.array([[4, 2], [1, 9]])
     for name, header in (
@@ -176,143 +127,6 @@ def test_the_weights_of_top_k_and_of_a_proposal_are_kept(tmp_path) -> None:
         with TargetCache(tmp_path / name) as cache:
             [found] = cache.get([digest(0)])
         assert found is not None and found.weights is not None and found.weights.tolist() == [0.25, 0.5, 0.125, 1.125]
-
-
-def test_an_error_drops_the_shard_that_was_begun(tmp_path) -> None:
-    with pytest.raises(ZeroDivisionError), TargetWriter(tmp_path, HEADER) as writer:
-        writer.add([digest(0)], [targets(0)])
-        writer.finish_shard()
-        writer.add([digest(1)], [targets(1)])
-        _ = 1 / 0
-    assert sorted(files(tmp_path)) == ["000000.array_record", "000000.index", "header.json"]
-    assert describe(tmp_path)["segments"] == 1
-
-
-def test_writers_killed_before_any_step_leave_the_same_bytes_in_the_end(whole, tmp_path) -> None:
-    kills = int(finished(started(tmp_path / "killed", "kills")))
-    assert kills > 20
-    assert files(tmp_path / "killed") == files(whole)
-
-
-def test_several_writers_killed_at_any_moment_lose_and_double_nothing(tmp_path) -> None:
-    rng = np.random.default_rng(5)
-    for processes in (3, 2, 3):
-        running = [started(tmp_path, i, processes, 0.02) for i in range(processes)]
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*.array_record")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for process in running:
-            time.sleep(rng.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-        assert any(process.wait() == -signal.SIGKILL for process in running)
-        for process in running:
-            process.communicate()
-    for process in [started(tmp_path, i, 2, 0) for i in range(2)]:
-        finished(process)
-    with TargetCache(tmp_path) as cache:
-        assert all(same(found, i) for i, found in enumerate(cache.get(DIGESTS)))
-    facts = describe(tmp_path)
-    assert facts["segments"] == SEGMENTS and facts["repeated segments"] == 0 and facts["unfinished shards"] == 0
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".array_record", ".index"}
-
-
-def test_leftovers_are_removed_by_the_process_that_has_their_number(tmp_path) -> None:
-    header = Path(shutil.copy2(_header_of(tmp_path / "other"), tmp_path))
-    for number in (0, 1, 2, 3):
-        (tmp_path / f"{number:06d}.array_record").write_bytes(b"half")
-        (tmp_path / f".{number:06d}.index").write_bytes(b"half")
-    (tmp_path / ".header.json.123.abc").write_bytes(b"{")
-    shutil.rmtree(tmp_path / "other")
-    with TargetWriter(tmp_path, HEADER, 1, 2):
-        assert sorted(files(tmp_path)) == [
-            *(".000000.index", ".000002.index", "000000.array_record", "000002.array_record", header.name)
-        ]
-    with TargetWriter(tmp_path, HEADER, 0, 2):
-        assert sorted(files(tmp_path)) == [header.name]
-
-
-def _header_of(folder: Path) -> Path:
-    with TargetWriter(folder, HEADER):
-        return folder / "header.json"
-
-
-def test_each_process_has_its_own_numbers_of_shards(tmp_path) -> None:
-    for process in (1, 1, 0):
-        with TargetWriter(tmp_path, HEADER, process, 3) as writer:
-            for i in range(2):
-                each = process * 10 + writer.found.records + i
-                writer.add([digest(each)], [targets(each)])
-                writer.finish_shard()
-    assert sorted(path.stem for path in tmp_path.glob("*.index")) == [
-        "000000",
-        "000001",
-        "000003",
-        *("000004", "000007", "000010"),
-    ]
-
-
-def test_two_processes_with_one_number_are_refused(tmp_path) -> None:
-    with TargetWriter(tmp_path, HEADER) as writer:
-        writer.add([digest(0)], [targets(0)])
-        with pytest.raises(UserError, match=r"000000\.array_record: is being written by another process"):
-            TargetWriter(tmp_path, HEADER)
-        with TargetWriter(tmp_path, HEADER, 1, 2) as other:
-            other.add([digest(1)], [targets(1)])
-    assert describe(tmp_path)["segments"] == 2
-    with pytest.raises(ValueError, match="process 2 of 2"):
-        TargetWriter(tmp_path, HEADER, 2, 2)
-
-
-@pytest.mark.parametrize(
-    "faster, refused", [(HEADER, False), (Header({"name": "other"}, "tokens", 1000, draws=4), True)]
-)
-def test_the_header_of_the_first_process_stands(tmp_path, monkeypatch, faster, refused) -> None:
-    link = os.link
-
-    def link_later(source: Path, path: Path) -> None:
-        monkeypatch.setattr(os, "link", link)
-        faster.write(tmp_path)
-        link(source, path)
-
-    monkeypatch.setattr(os, "link", link_later)
-    if refused:
-        with pytest.raises(UserError, match=r"header\.json: teacher: found \{'name': 'other'\}, expected"):
-            TargetWriter(tmp_path, HEADER)
-    else:
-        TargetWriter(tmp_path, HEADER)
-    assert list(files(tmp_path)) == ["header.json"] and Header.read(tmp_path) == faster
-
-
-def test_a_folder_without_links_gets_its_header_all_the_same(tmp_path, monkeypatch) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", unsupported)
-    TargetWriter(tmp_path, HEADER)
-    assert list(files(tmp_path)) == ["header.json"] and Header.read(tmp_path) == HEADER
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("teacher", {"name": "teacher", "digest": "abd"}),
-        ("tokenizer", "others"),
-        ("vocab_size", 1001),
-        ("preprocessing", {"tile_size": 48}),
-        ("draws", 5),
-        ("temperature", 1.5),
-        ("proposal", 2.0),
-    ],
-)
-def test_a_cache_is_not_gone_on_with_for_something_else(cache, name, value) -> None:
-    other = Header(**{field: getattr(HEADER, field) for field in HEADER.__dataclass_fields__} | {name: value})
-    assert other.digest != HEADER.digest
-    with pytest.raises(UserError, match=rf"header\.json: {name}: found .*, expected .*: give another folder"):
-        TargetWriter(cache, other)
-    if name in ("draws", "temperature", "proposal"):
-        assert other.recipe != HEADER.recipe and other.segment_recipe == HEADER.segment_recipe
-    if name in ("tokenizer", "preprocessing"):
-        assert other.recipe == HEADER.recipe and other.segment_recipe != HEADER.segment_recipe
 
 
 @pytest.mark.parametrize(
@@ -498,38 +312,3 @@ def test_missing_segments_fail_with_their_number_or_are_counted(whole) -> None:
             found = cache.get(asked)
             assert found[1] is None and found[3] is None and same(found[0], 0) and same(found[2], 1)
         assert cache.counts == {"found": 4, "missing": 4, "damaged": 0}
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"{tmp_path}/file/cache: cannot be written"):
-        TargetWriter(tmp_path / "file" / "cache", HEADER)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with TargetWriter(tmp_path / "full", HEADER) as writer:
-        writer.add([digest(0)], [targets(0)])
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", full)
-            with pytest.raises(UserError, match=r"full: cannot be written \(No space left on device\)\. Make room"):
-                writer.finish_shard()
-    assert describe(tmp_path / "full")["segments"] == 1
-    with pytest.raises(UserError, match="cannot be written"), TargetWriter(tmp_path / "full", HEADER) as writer:
-        writer.add([digest(1)], [targets(1)])
-        monkeypatch.setattr(target_index, "sync_folder", full)  # when the index is there already
-        writer.finish_shard()
-    assert describe(tmp_path / "full")["segments"] == 2
-
-
-def test_a_disk_that_is_full_is_told_of(tmp_path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, before[1]))
-    try:
-        with pytest.raises(UserError, match=r"cannot be written \(.*File too large"):
-            write(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(files(tmp_path)) == ["header.json"]
-    write(tmp_path)
-    assert describe(tmp_path)["segments"] == SEGMENTS
