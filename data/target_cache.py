@@ -3,6 +3,7 @@
 CACHE/header.json           whose targets of what, and how they were drawn
 CACHE/NNNNNN.array_record   a shard of records, in the order in which they were written
 CACHE/NNNNNN.index          its index; a shard without one is unfinished, and does not count
+CACHE/NNNNNN.json           what it took to make it, if that is known
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from data.target_index import SUFFIX, Progress, ShardIndex, halves, sync_folder
+from data.target_index import SUFFIX, Cost, Progress, ShardIndex, halves, sync_folder
 from data.target_records import DIGEST_BYTES, Damaged, RecordFormat, Targets, decode
 from sharding.errors import UserError
 
@@ -235,6 +236,16 @@ class TargetCache:
         while self._readers:
             _close(self._readers.popitem()[1])
 
+    @property
+    def progress(self) -> Progress:
+        """What it holds."""
+        return Progress.of([index for _, index in self._shards])
+
+    @property
+    def cost(self) -> Cost:
+        """What it took to make it; raises `UserError` where a file that says so is damaged."""
+        return Cost.of(self._shards)
+
     def get(self, digests: Sequence[bytes]) -> list[Targets | None]:
         """The targets of these segments.
 
@@ -325,7 +336,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     header = Header.read(folder)
     shards = finished_shards(folder, header.digest)
-    facts = [index.facts for _, index in shards]
+    facts, cost = [index.facts for _, index in shards], Cost.of(shards)
     progress = Progress.of([index for _, index in shards])
     pairs = [np.column_stack([index.high, index.low]) for _, index in shards]
     distinct = len(np.unique(np.concatenate(pairs), axis=0)) if pairs else 0
@@ -353,5 +364,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "bytes of files": file_bytes,
         "bytes of a token": round(file_bytes / max(progress.tokens, 1), 2),
         "shards": len(shards),
+        "device seconds": round(cost.device_seconds, 1),
+        "tokens of known cost": cost.tokens,
         "unfinished shards": sum(path.name not in finished for path in folder.glob("[0-9]*.array_record")),
     }

@@ -3,6 +3,8 @@
 Letters: R records of the shard.
 """
 
+import json
+import math
 import os
 import struct
 import zlib
@@ -16,6 +18,7 @@ from data.target_records import DIGEST_BYTES
 from sharding.errors import UserError
 
 SUFFIX = ".index"
+COST_SUFFIX = ".json"
 MAGIC = b"targets1"
 _HEAD = struct.Struct("<8s16s6QII")
 """Magic, `ShardFacts`, checksum of the arrays, checksum of what stands before it."""
@@ -136,6 +139,47 @@ def write_index(
     body = b"".join(arrays[name][order].astype(dtype).tobytes() for name, dtype in _ARRAYS)
     head = _HEAD.pack(MAGIC, cache, len(entries), int(tokens.sum()), ids, largest_id, *sizes, zlib.crc32(body), 0)[:-4]
     write_whole(path, head + zlib.crc32(head).to_bytes(4, "little") + body)
+
+
+class Cost(NamedTuple):
+    """What it took to make the targets of a cache."""
+
+    device_seconds: float
+    tokens: int
+    """Those whose cost is known."""
+
+    @classmethod
+    def of(cls, shards: Sequence[tuple[Path, ShardIndex]]) -> Self:
+        """Of these shards, from the files beside those that have one.
+
+        Raises:
+            UserError: one of the files is damaged.
+        """
+        seconds, tokens = 0.0, 0
+        for shard, index in shards:
+            path = shard.with_suffix(COST_SUFFIX)
+            try:
+                seconds += _cost(path.read_text(encoding="utf-8"))
+                tokens += index.facts.tokens
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}: is damaged ({error!r}). Copy it again; or remove it, and what its shard cost is not counted."
+                ) from error
+        return cls(seconds, tokens)
+
+
+def _cost(text: str) -> float:
+    seconds = json.loads(text)["device_seconds"]
+    if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"found {seconds!r} seconds")
+    return seconds
+
+
+def write_cost(path: Path, device_seconds: float) -> None:
+    """Writes beside a shard what it took to make it, whole or not at all."""
+    write_whole(path, json.dumps({"device_seconds": device_seconds}).encode() + b"\n")
 
 
 def halves(digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

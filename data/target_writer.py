@@ -1,6 +1,7 @@
 """Writes the cache of a teacher's targets: any number of processes, each of which may be killed at any moment.
 
 CACHE/NNNNNN.array_record   process i of n writes the shards i, i + n, i + 2n, ...
+CACHE/NNNNNN.json           what it took to make it, if that is known
 CACHE/NNNNNN.index          comes last, whole: with it the shard counts
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from data.shards import shard_name
 from data.target_cache import Header, finished_shards
-from data.target_index import SUFFIX, Entry, Progress, ShardIndex, halves, write_index
+from data.target_index import COST_SUFFIX, SUFFIX, Entry, Progress, ShardIndex, halves, write_cost, write_index
 from data.target_records import Targets, encode
 from sharding.errors import UserError
 
@@ -78,10 +79,15 @@ class TargetWriter:
             done |= shard.find(high, low) >= 0
         return done
 
-    def add(self, digests: Sequence[bytes], targets: Sequence[Targets]) -> np.ndarray:
+    def add(self, digests: Sequence[bytes], targets: Sequence[Targets], device_seconds: float = 0.0) -> np.ndarray:
         """Adds the targets of segments; bool, which of them were not there already.
 
         Many at a time: each call looks into the index of every shard.
+
+        Args:
+            digests: of the segments.
+            targets: of each.
+            device_seconds: what making them took, shared out among those that were not there; 0 if that is not known.
 
         Raises:
             ValueError: the targets are not what the header says.
@@ -89,14 +95,15 @@ class TargetWriter:
         """
         fresh = ~self.done(digests)
         added: set[bytes] = set()
-        for i, (digest, each) in enumerate(zip(digests, targets, strict=True)):
+        for i, digest in enumerate(digests):
             fresh[i] &= digest not in added
-            if fresh[i]:
-                self._add(digest, each)
-                added.add(digest)
+            added.add(digest)
+        each = device_seconds / max(fresh.sum(), 1)
+        for i in np.flatnonzero(fresh).tolist():
+            self._add(digests[i], targets[i], each)
         return fresh
 
-    def _add(self, digest: bytes, targets: Targets) -> None:
+    def _add(self, digest: bytes, targets: Targets, device_seconds: float) -> None:
         record = encode(digest, targets, self._form)
         if self._shard is not None and self._shard.record_bytes + len(record) > self._shard_bytes:
             self.finish_shard()
@@ -104,6 +111,7 @@ class TargetWriter:
             if self._shard is None:
                 self._shard = self._new_shard()
             self._shard.write(digest, targets, record)
+            self._shard.device_seconds += device_seconds
         self.written = Progress(*(a + b for a, b in zip(self.written, (1, targets.tokens, len(record)), strict=True)))
 
     def finish_shard(self) -> None:
@@ -135,8 +143,7 @@ class TargetWriter:
                         "of its own."
                     )
                 if not path.with_suffix(SUFFIX).exists():  # it may have come before the lock was free
-                    path.with_name(f".{path.stem}{SUFFIX}").unlink(missing_ok=True)
-                    path.unlink()
+                    _remove_unfinished(path)
                 os.close(lock)
         for path in self._folder.glob(".header.json.*"):
             path.unlink(missing_ok=True)
@@ -173,6 +180,14 @@ def _locked(path: Path, flags: int) -> int | None:
     return descriptor
 
 
+def _remove_unfinished(shard: Path) -> None:
+    """Removes a shard that has no index, and what was written beside it; itself last, for it says that there is something."""
+    for suffix in (COST_SUFFIX, SUFFIX):
+        shard.with_name(f".{shard.stem}{suffix}").unlink(missing_ok=True)
+    shard.with_suffix(COST_SUFFIX).unlink(missing_ok=True)
+    shard.unlink(missing_ok=True)
+
+
 class _Shard:
     """A shard that is being written. Until its index is there, it does not count."""
 
@@ -183,6 +198,7 @@ class _Shard:
         self._writer = ArrayRecordWriter(str(path), _SHARD_OPTIONS)
         self._entries: list[Entry] = []
         self._ids = self._largest = 0
+        self.device_seconds = 0.0
         self.digests: set[bytes] = set()
         self.record_bytes = 0
 
@@ -197,6 +213,8 @@ class _Shard:
     def finish(self, cache: bytes) -> ShardIndex:
         self._writer.close()
         os.fsync(self._lock)
+        if self.device_seconds:
+            write_cost(self._path.with_suffix(COST_SUFFIX), self.device_seconds)
         path, size = self._path.with_suffix(SUFFIX), os.fstat(self._lock).st_size
         write_index(path, cache, self._entries, self._ids, self._largest, (self.record_bytes, size))
         os.close(self._lock)
@@ -206,6 +224,5 @@ class _Shard:
         with contextlib.suppress(RuntimeError):
             self._writer.close()
         if not self._path.with_suffix(SUFFIX).exists():  # what failed may have come after it
-            self._path.with_name(f".{self._path.stem}{SUFFIX}").unlink(missing_ok=True)
-            self._path.unlink(missing_ok=True)
+            _remove_unfinished(self._path)
         os.close(self._lock)

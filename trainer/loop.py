@@ -251,6 +251,7 @@ class Run:
             "data_notes": self.notes,
             "initialised_from": origin,
             "teacher": self.taught.origin if self.taught else self.cached and self.cached.origin,
+            "teacher_cache": self.cached and self.cached.facts,
             "teacher_parameters": self.taught and parameter_counts(self.taught.model).total,
             "teacher_flops_per_token": self.teacher_flops and self.teacher_flops.forward,
             "compile_s": self.compile_s,
@@ -310,7 +311,8 @@ class Run:
                         del values[mean]
             amounts = float(values["tokens"]), float(values["tiles"]), float(values.get("audio_windows", 0))
             tokens, flops = amounts[0], self.flops.training_step(*amounts)
-            flops += self.teacher_flops.forward_step(*amounts) if self.teacher_flops else 0
+            teacher = self.teacher_flops.forward_step(*amounts) if self.teacher_flops else 0
+            flops += teacher
             clock = {
                 "time/step": seconds,
                 "time/tokens_per_s": tokens / seconds,
@@ -320,6 +322,8 @@ class Run:
             }
             slots = self.run.data.batch_size * self.run.data.sequence_length
             seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
+            if teacher:
+                seen |= {"flops": flops, "teacher_flops": teacher}
             if self.cached:
                 seen |= {f"cache/{name}": number for name, number in self.cached.counts.items()}
             seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.where).items()}

@@ -185,15 +185,12 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 
 def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
-    if not any("soft" in record for record in train):
+    taught = [record for record in train if "soft" in record]
+    if not taught:
         return ""
-    teacher, step = facts.get("teacher_flops_per_token"), facts.get("flops_per_token")
-    cost = (
-        f" It takes {percent(teacher / (teacher + step), 0)} of the FLOPs of a text token." if teacher and step else ""
-    )
     return section(
         "Teacher",
-        f"{escape(str(facts.get('teacher', '')))}.{cost}",
+        f"{facts.get('teacher', 'Unknown')}. {_lessons(taught, facts.get('teacher_cache'))}",
         row(
             _curve(train, "soft", "Divergence from the teacher", _plain, "nats per predicted token", zero=True),
             _curve(train, "teacher_loss", "The teacher's own loss", _plain, "on the same tokens"),
@@ -203,6 +200,22 @@ def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
             columns="three",
         ),
     )
+
+
+def _lessons(taught: Records, cache: Mapping[str, Any] | None) -> str:
+    """How many of the tokens the teacher spoke of, and what that cost: in this run, or before it."""
+    tokens = sum(record["tokens"] for record in taught)
+    share = percent(sum(record["taught"] * record["tokens"] for record in taught) / max(tokens, 1))
+    if cache is None:
+        text = f"{share} of the tokens had targets from the teacher beside the student"
+        run, own = (sum(record.get(name, 0) for record in taught) for name in ("flops", "teacher_flops"))
+        return f"{text}, which took {percent(own / run)} of the FLOPs of the run." if run else f"{text}."
+    text = f"{share} of the tokens had targets from the cache, where one takes {cache['bytes_per_token']:.1f} bytes"
+    known, seconds = cache["tokens_of_known_cost"], cache["device_seconds"]
+    if not known:
+        return f"{text}; what teaching cost is not known."
+    those = "making them" if known == cache["tokens"] else f"making {count(known)} of its {count(cache['tokens'])}"
+    return f"{text}; {those} took {duration(seconds)} of device time ({compact(known / seconds)} tokens/s a device)."
 
 
 def _experts(train: Records, layers: Sequence[int] | None) -> str:
@@ -280,7 +293,7 @@ _FACTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("compile_s", "compile time", duration),
     ("data_digest", "data digest", str),
 )
-_ELSEWHERE = ("peak_source", "mfu_formula")
+_ELSEWHERE = ("peak_source", "mfu_formula", "teacher_cache")
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

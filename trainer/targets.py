@@ -135,6 +135,17 @@ class CachedSource:
         return batch | arrays
 
     @property
+    def facts(self) -> Mapping[str, float]:
+        """For the report: tokens of the cache, bytes of each, and what it took to make them."""
+        held, cost = self._cache.progress, self._cache.cost
+        return {
+            "tokens": held.tokens,
+            "bytes_per_token": held.bytes_per_token,
+            "device_seconds": cost.device_seconds,
+            "tokens_of_known_cost": cost.tokens,
+        }
+
+    @property
     def counts(self) -> Mapping[str, int]:
         """Segments found, missing and damaged so far."""
         return self._cache.counts

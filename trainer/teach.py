@@ -54,7 +54,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
     header = header_of(run, distill, digest, known)
     keyed, ask = DrawKeys(header), _Asked(run, distill, mesh, taught.teacher)
     mine = range(part, run.steps, parts)
-    began = last = time.monotonic()
+    began = last = counted = time.monotonic()
     with StopRequest().listening() as stop, TargetWriter(folder, header, part, parts) as writer:
         print(
             f"teacher {taught.origin}, mesh {written(mesh.sizes)}: batches {mine.start} to {run.steps - 1} of {run.name}"
@@ -70,7 +70,9 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
                     _check_finite(distill, n, batch, targets)
                     chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
                     records = [_record(distill, batch, targets, *segment[:3]) for segment in chosen]
-                    writer.add([segment.digest for segment in chosen], records)
+                    now = time.monotonic()
+                    writer.add([segment.digest for segment in chosen], records, (now - counted) * mesh.count)
+                    counted = now
                 if time.monotonic() - last > SHARD_SECONDS:
                     writer.finish_shard()
                     last = time.monotonic()

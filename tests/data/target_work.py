@@ -24,6 +24,8 @@ from data.target_writer import TargetWriter
 SEGMENTS = 90
 HEADER = Header({"name": "teacher", "digest": "abc"}, "tokens", 1000, {"tile_size": 32}, draws=4)
 SHARD_BYTES = 4000
+SECONDS = 0.25
+"""What each segment is said to take."""
 
 
 def digest(i: int) -> bytes:
@@ -55,7 +57,7 @@ def write(folder: Path, process: int = 0, processes: int = 1, pause: float = 0, 
         done = writer.done([digest(i) for i in mine])
         for i, is_done in zip(mine, done, strict=True):
             if not is_done:
-                assert writer.add([digest(i)], [targets(i)])[0]
+                assert writer.add([digest(i)], [targets(i)], SECONDS)[0]
                 time.sleep(pause)
 
 

@@ -20,7 +20,7 @@ from data.target_index import ShardIndex
 from data.target_records import Targets
 from data.target_writer import TargetWriter
 from sharding.errors import UserError
-from tests.data.target_work import DIGESTS, HEADER, SEGMENTS, SHARD_BYTES, digest, files, same, targets
+from tests.data.target_work import DIGESTS, HEADER, SECONDS, SEGMENTS, SHARD_BYTES, digest, files, same, targets
 
 
 def test_what_was_written_is_found_by_its_digest_in_any_order(whole) -> None:
@@ -91,7 +91,8 @@ def test_progress_and_description_count_what_is_there(whole, tmp_path) -> None:
     facts = describe(whole)
     assert facts["segments"] == SEGMENTS and facts["tokens"] == tokens and facts["repeated segments"] == 0
     assert facts["ids of a token"] == round(ids / tokens, 2)
-    assert facts["bytes of files"] == sum(len(data) for name, data in files(whole).items() if name != "header.json")
+    assert facts["bytes of files"] == sum(len(data) for name, data in files(whole).items() if ".json" not in name)
+    assert (facts["device seconds"], facts["tokens of known cost"]) == (SEGMENTS * SECONDS, tokens)
     assert facts["shards"] == len(list(whole.glob("*.index"))) and facts["unfinished shards"] == 0
     assert facts["recipe"] == {"draws": 4, "top_k": 0, "temperature": 1.0, "proposal": 1.0}
     with TargetWriter(tmp_path, HEADER) as writer:
@@ -105,6 +106,30 @@ def test_progress_and_description_count_what_is_there(whole, tmp_path) -> None:
         assert (writer.found.records, writer.written.records, writer.progress().records) == (5, 1, 6)
         assert writer.progress().tokens == sum(targets(i).tokens for i in range(6))
         assert writer.found.bytes_per_token == describe(tmp_path)["bytes of records"] / writer.found.tokens
+
+
+def test_the_cost_is_that_of_the_shards_that_tell_it(cache) -> None:
+    with TargetCache(cache) as reader:
+        assert reader.cost == (SEGMENTS * SECONDS, reader.progress.tokens)
+    index = ShardIndex.open(cache / "000001.index")
+    (cache / "000001.json").unlink()
+    with TargetCache(cache) as reader:
+        assert reader.cost == (
+            (SEGMENTS - index.facts.records) * SECONDS,
+            reader.progress.tokens - index.facts.tokens,
+        )
+    for wrong in (
+        "",
+        "{}",
+        "[]",
+        '{"device_seconds": "1"}',
+        '{"device_seconds": -1.0}',
+        '{"device_seconds": NaN}',
+        "\xff",
+    ):
+        (cache / "000001.json").write_text(wrong, encoding="latin-1")
+        with TargetCache(cache) as reader, pytest.raises(UserError, match=r"000001\.json: is damaged .* Copy it again"):
+            _ = reader.cost
 
 
 def test_an_empty_cache_is_described(tmp_path) -> None:

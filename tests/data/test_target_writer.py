@@ -16,7 +16,7 @@ from data import target_index
 from data.target_cache import Header, TargetCache, describe
 from data.target_writer import TargetWriter
 from sharding.errors import UserError
-from tests.data.target_work import DIGESTS, HEADER, SEGMENTS, SHARD_BYTES, digest, files, same, targets, write
+from tests.data.target_work import DIGESTS, HEADER, SECONDS, SEGMENTS, SHARD_BYTES, digest, files, same, targets, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +54,20 @@ def test_an_error_drops_the_shard_that_was_begun(tmp_path) -> None:
     assert describe(tmp_path)["segments"] == 1
 
 
+def test_what_segments_took_is_kept_with_those_that_were_not_there(tmp_path) -> None:
+    ten, more = ([digest(i) for i in some] for some in (range(10), range(5, 15)))
+    with TargetWriter(tmp_path, HEADER, shard_bytes=1000) as writer:
+        writer.add(ten + ten, [targets(i) for i in [*range(10), *range(10)]], 3.0)
+        writer.finish_shard()
+        writer.add(more, [targets(i) for i in range(5, 15)], 2.0)
+        writer.add(ten, [targets(i) for i in range(10)], 100.0)  # for nothing
+    assert describe(tmp_path)["device seconds"] == 5 and len(list(tmp_path.glob("0*.json"))) > 2
+    with TargetWriter(tmp_path, HEADER, 1, 2) as writer:
+        writer.add([digest(20)], [targets(20)])  # of unknown cost
+    facts = describe(tmp_path)
+    assert facts["device seconds"] == 5 and facts["tokens of known cost"] == facts["tokens"] - targets(20).tokens
+
+
 def test_writers_killed_before_any_step_leave_the_same_bytes_in_the_end(whole, tmp_path) -> None:
     kills = int(finished(started(tmp_path / "killed", "kills")))
     assert kills > 20
@@ -79,6 +93,7 @@ def test_several_writers_killed_at_any_moment_lose_and_double_nothing(tmp_path) 
         assert all(same(found, i) for i, found in enumerate(cache.get(DIGESTS)))
     facts = describe(tmp_path)
     assert facts["segments"] == SEGMENTS and facts["repeated segments"] == 0 and facts["unfinished shards"] == 0
+    assert (facts["device seconds"], facts["tokens of known cost"]) == (SEGMENTS * SECONDS, facts["tokens"])
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".array_record", ".index"}
 
 
@@ -86,12 +101,14 @@ def test_leftovers_are_removed_by_the_process_that_has_their_number(tmp_path) ->
     header = Path(shutil.copy2(_header_of(tmp_path / "other"), tmp_path))
     for number in (0, 1, 2, 3):
         (tmp_path / f"{number:06d}.array_record").write_bytes(b"half")
-        (tmp_path / f".{number:06d}.index").write_bytes(b"half")
+        for name in (f".{number:06d}.index", f".{number:06d}.json", f"{number:06d}.json"):
+            (tmp_path / name).write_bytes(b"half")
     (tmp_path / ".header.json.123.abc").write_bytes(b"{")
     shutil.rmtree(tmp_path / "other")
     with TargetWriter(tmp_path, HEADER, 1, 2):
         assert sorted(files(tmp_path)) == [
-            *(".000000.index", ".000002.index", "000000.array_record", "000002.array_record", header.name)
+            *(".000000.index", ".000000.json", ".000002.index", ".000002.json"),
+            *("000000.array_record", "000000.json", "000002.array_record", "000002.json", header.name),
         ]
     with TargetWriter(tmp_path, HEADER, 0, 2):
         assert sorted(files(tmp_path)) == [header.name]

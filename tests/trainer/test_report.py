@@ -144,6 +144,44 @@ def test_a_text_only_dense_run_has_no_empty_sections():
     assert "Expert load" not in words and "Questions" not in words and "text, held out" in words
 
 
+def lessons(facts, **changes) -> str:
+    """What a report says of a teacher; its run's first half had 300 tokens a step, the second 100."""
+    train = [record for record in records() if record["kind"] == "train"]
+    taught = [
+        record | {"soft": 0.5, "taught": share, "tokens": tokens} | {name: each[i] for name, each in changes.items()}
+        for i, (record, share, tokens) in enumerate(
+            zip(train, [1, 1, 1, 0.5, 0, 0.5], [300] * 3 + [100] * 3, strict=True)
+        )
+    ]
+    found = re.search(r"Teacher (.*?) Divergence from the teacher", rendered(taught, facts=FACTS | facts).words)
+    assert found
+    return found[1]
+
+
+def test_what_the_teacher_beside_the_student_took_is_said() -> None:
+    flops = {"flops": [40, 40, 40, 20, 10, 10], "teacher_flops": [10, 10, 10, 2, 2, 2]}
+    assert lessons({"teacher": "runs/<a>, step 6"}, **flops) == (
+        "runs/<a>, step 6. 83.3 % of the tokens had targets from the teacher beside the student, which took 22.5 % of the "
+        "FLOPs of the run."
+    )
+    assert lessons({"teacher": "runs/a"}).endswith("from the teacher beside the student.")
+
+
+def test_what_the_cache_of_a_teacher_cost_is_said() -> None:
+    cache = {"tokens": 6000, "bytes_per_token": 16.44, "device_seconds": 3000.0, "tokens_of_known_cost": 6000}
+    said = "c, of t. 83.3 % of the tokens had targets from the cache, where one takes 16.4 bytes; "
+    facts = {"teacher": "c, of t", "teacher_cache": cache}
+    assert lessons(facts) == said + "making them took 50:00 min of device time (2.00 tokens/s a device)."
+    cache["tokens_of_known_cost"] = 3000
+    assert (
+        lessons(facts)
+        == said + "making 3.00 thousand of its 6.00 thousand took 50:00 min of device time (1.00 tokens/s a device)."
+    )
+    cache["tokens_of_known_cost"] = 0
+    assert lessons(facts) == said + "what teaching cost is not known."
+    assert "teacher cache" not in rendered(facts=FACTS | facts).words
+
+
 def test_values_that_are_not_finite_are_counted_not_drawn():
     found = records()
     found[1]["grad_norm"], found[1]["loss/text"] = math.inf, math.nan

@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import re
 import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+import trainer.teach
 from data.pipeline import build_dataset
 from data.target_cache import TargetCache, describe
 from launch.config_file import load_run
@@ -20,6 +24,8 @@ from sharding.errors import UserError
 from tests.trainer.processes import ROOT, finish, metrics, start, wait_until
 from tests.trainer.saved_run import save_run
 from trainer.config import DistillConfig
+from trainer.flops import flops_per_token
+from trainer.report_text import percent
 from trainer.targets import CachedSource, DrawKeys
 from trainer.teach import teach
 from trainer.teacher import identity
@@ -60,11 +66,14 @@ def cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     output = finish(taught(teacher, folder))
     assert "48 segments, 6,144 tokens" in output, output
+    facts = describe(folder)
+    assert facts["device seconds"] > 0 and facts["tokens of known cost"] == facts["tokens"] == 6144
     return folder
 
 
 def files(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.iterdir()}
+    """All but what the shards took to make."""
+    return {path.name: path.read_bytes() for path in cache.iterdir() if not re.match(r"\d+\.json", path.name)}
 
 
 def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
@@ -81,6 +90,17 @@ def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
         for name in ("loss", "grad_norm", "soft", "soft_weight", "taught", "teacher_loss", "teacher_entropy"):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+    facts = json.loads((tmp_path / "cached" / "run.json").read_text())["teacher_cache"]
+    page, spent = (tmp_path / "cached" / "report.html").read_text(), describe(cache)["device seconds"]
+    assert facts["tokens"] == facts["tokens_of_known_cost"] == 6144 and round(facts["device_seconds"], 1) == spent
+    assert f"100.0 % of the tokens had targets from the cache, where one takes {facts['bytes_per_token']:.1f}" in page
+    model = load_run(str(ROOT / "tests" / "nano.py"), {}).model
+    student, teachers = (flops_per_token(dataclasses.replace(model, hidden_size=size), 128) for size in (16, 32))
+    own = teachers.forward / (teachers.forward + student.training)
+    for record in (record for record in metrics(tmp_path / "beside") if record["kind"] == "train"):
+        assert record["teacher_flops"] / record["flops"] == pytest.approx(own)
+    page = (tmp_path / "beside" / "report.html").read_text()
+    assert f"100.0 % of the tokens had targets from the teacher beside the student, which took {percent(own)}" in page
     train = [record for record in metrics(tmp_path / "cached") if record["kind"] == "train"]
     assert train[0]["taught"] == 1 and train[-1]["cache/missing"] == 0 < train[-1]["cache/found"]
 
@@ -102,7 +122,8 @@ def test_it_goes_on_after_a_kill_and_in_parts_to_the_same_records(teacher: Path,
         finish(taught(teacher, parts, f"--part={part}"))
     facts, expected = describe(parts), describe(cache)
     assert facts["shards"] == 2 and facts["repeated segments"] == 0
-    for name in ("segments", "tokens", "ids of a token", "bytes of records"):
+    assert facts["device seconds"] > 0
+    for name in ("segments", "tokens", "ids of a token", "bytes of records", "tokens of known cost"):
         assert facts[name] == expected[name]
 
 
@@ -130,11 +151,24 @@ def test_a_student_that_was_killed_goes_on_as_if_it_had_not_been(
     assert whole == killed and [record["step"] for record in whole if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_mesh_keeps_what_one_device_does(teacher: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_mesh_keeps_what_one_device_does(
+    teacher: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it took counts on each of its devices."""
+    clock, ask = itertools.count(100), trainer.teach._Asked.__call__
+    hours = [next(clock)]
+
+    def asked(self: Any, batch: Any) -> Any:
+        hours.append(next(clock))
+        return ask(self, batch)
+
+    monkeypatch.setattr(trainer.teach._Asked, "__call__", asked)
+    monkeypatch.setattr(trainer.teach, "time", SimpleNamespace(monotonic=lambda: 3600.0 * hours[-1]))
     run = load_run(str(ROOT / "tests" / "nano.py"), {})
     distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=12)
     teach(dataclasses.replace(run, distill=distill), tmp_path)  # on all devices here
     assert jax.device_count() == 8
+    assert describe(tmp_path)["device seconds"] == 8 * 6 * 3600  # six batches
     with TargetCache(cache) as alone, TargetCache(tmp_path) as mesh:
         assert alone.header == mesh.header
         batch = build_dataset(run.data, run.media, "train").batch(1)
