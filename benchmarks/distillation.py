@@ -1,12 +1,16 @@
 """Distillation losses and their gradient: over blocks of the vocabulary, beside all logits at once.
 
     python -m benchmarks.distillation [--topology v5p:2x2x1] [--tokens 1024 4096 16384] [--block 4096]
+    python -m benchmarks.distillation --cache
 
 First the memory that the compiled program needs beside its arguments and results, with the vocabulary of Llama 4, student
 and teacher as wide as Scout (5,120) and Behemoth (16,384); nothing of that size is run. It is compiled for this machine's
 CPU in float32 (XLA's CPU backend slices bfloat16 by way of float32 copies of the whole head), or with --topology in
 bfloat16 for a TPU, which takes libtpu (`make collectives` installs it; PYTHONPATH=.venv/libtpu) and no TPU. Then times at a
 size that runs on this machine, in float32, pair by pair in turns.
+
+With --cache: what a token takes in the cache of a teacher's targets, by the number of draws, and how fast it is decoded; of
+made-up distributions (`data.target_estimate`).
 """
 
 import argparse
@@ -15,20 +19,16 @@ import statistics
 import time
 from typing import Any
 
+from benchmarks.topology import ENVIRONMENT
+
 VOCABULARY, STUDENT, TEACHER = 202_048, 5_120, 16_384
 SMALL = (1_024, 16_384, 256, 512)
 """Tokens, vocabulary, widths of student and teacher of what is run."""
 SMALL_BLOCK = 2_048
 PAIRS = 5
 TEMPERATURE = 2.0
-TPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TF_CPP_MIN_LOG_LEVEL": "1",
-}
+DRAWS, SEGMENTS = (12, 25, 50), 8
+DECODINGS = 20
 
 
 def main() -> None:
@@ -36,8 +36,11 @@ def main() -> None:
     parser.add_argument("--topology", help="of TPUs, as libtpu names it; its first device is compiled for")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_024, 4_096, 16_384])
     parser.add_argument("--block", type=int, default=4_096)
+    parser.add_argument("--cache", action="store_true", help="the cache of targets instead")
     options = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu"} | (TPU if options.topology else {})
+    if options.cache:
+        return cache()
+    os.environ |= ENVIRONMENT if options.topology else {"JAX_PLATFORMS": "cpu"}
 
     import jax
     from jax.experimental import topologies
@@ -77,6 +80,42 @@ def main() -> None:
         plain, blocks = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(second / first for first, second in pairs)
         print(f"{kind:>15} {1e3 * plain:>7.0f} ms {1e3 * blocks:>7.0f} ms {ratio:>7.2f}", flush=True)
+
+
+def cache() -> None:
+    """Prints the table of docs/TARGET_CACHE.md."""
+    import numpy as np
+
+    from data.target_estimate import made_up_targets
+    from data.target_records import RecordFormat, decode, encode
+
+    digest = bytes(16)
+
+    def speed(records: list[bytes], form: RecordFormat, tokens: int) -> float:
+        """Tokens decoded in a second of processor time, the best of several times."""
+        seconds = []
+        for _ in range(DECODINGS):
+            start = time.process_time()
+            for record in records:
+                decode(record, form, digest)
+            seconds.append(time.process_time() - start)
+        return tokens * len(records) / min(seconds)
+
+    print(f"vocabulary {VOCABULARY:,}; a token, in segments of 512 tokens")
+    print(f"{'draws':>5} {'ids':>5} {'bytes':>6} {'bits of counts (in unary)':>26} {'decoded, M tokens/s':>20}")
+    for draws in DRAWS:
+        form = RecordFormat(VOCABULARY, draws)
+        segments = [made_up_targets(form, tokens=512, seed=seed) for seed in range(SEGMENTS)]
+        records = [encode(digest, targets, form) for targets in segments]
+        counts = np.concatenate([targets.counts for targets in segments])
+        bits = f"{(2 * np.floor(np.log2(counts)) + 1).sum() / SEGMENTS / 512:.1f} ({draws})"
+        print(
+            f"{draws:>5} {len(counts) / SEGMENTS / 512:>5.1f} {sum(map(len, records)) / SEGMENTS / 512:>6.1f} {bits:>26} "
+            f"{speed(records, form, 512) / 1e6:>20.1f}"
+        )
+    form = RecordFormat(VOCABULARY, DRAWS[0])
+    record = encode(digest, made_up_targets(form, tokens=64), form)
+    print(f"segments of 64 tokens, {DRAWS[0]} draws: {speed([record] * 64, form, 64) / 1e6:.1f} M tokens/s")
 
 
 def at_once(kind: str) -> Any:

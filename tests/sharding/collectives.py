@@ -20,15 +20,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TF_CPP_MIN_LOG_LEVEL": "1",
-}
+from benchmarks.topology import ENVIRONMENT
+
 MESHES = (
     {"data": 8},
     {"fsdp": 8},
