@@ -193,7 +193,7 @@ def show_plan(plan: Mapping[str, Any], file: IO[str] | None = None) -> None:
     out.print()
     out.print(
         Text.assemble(
-            (f"{plan['devices']:,} devices", "bold"),
+            (f"{plan['devices']:,} device{'s' if plan['devices'] > 1 else ''}", "bold"),
             f": {plan['mesh']}; {plan['rows']:,} rows of {plan['sequence_length']:,} tokens a step. Its whole step was traced.",
         )
     )
@@ -227,7 +227,10 @@ def _table(plan: Mapping[str, Any]) -> Table:
 
 
 def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
-    room = ", ".join(f"{compact(device['bytes'], 'B')} ({device['name']})" for device in plan["room"])
+    room = ", ".join(
+        f"{compact(left, 'B')} ({name})" if left > 0 else f"none ({name}, which lacks {compact(-left, 'B')})"
+        for name, left in (device.values() for device in plan["room"])
+    )
     yield (f"Room for activations, which come on top, and for what the compiler gathers ahead: {room}. Powers of 1000.")
     flops, cache = plan["flops"], plan["cache"]
     step = compact(flops["student_step"], "FLOP")

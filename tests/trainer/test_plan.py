@@ -198,6 +198,8 @@ def test_a_cached_teacher_need_not_fit_the_mesh_but_has_to_speak_of_the_same_tok
     assert found["bytes_per_device"]["teacher"] == 0 and "The teacher's forward pass" in words(found)
     with pytest.raises(UserError, match=r"model\.vocab_size is 512 in the teacher"):
         plan_run(run, 8, dataclasses.replace(odd, vocab_size=512))
+    lacking = [{"name": "small", "bytes": -2e9}, {"name": "large", "bytes": 3e9}]
+    assert "ahead: none (small, which lacks 2.00 GB), 3.00 GB (large)." in words(found | {"room": lacking})
     text = words(found | {"flops": found["flops"] | {"ratio": None}})
     assert (
         "The teacher is not there" in text
