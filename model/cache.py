@@ -66,6 +66,17 @@ def slot_of(positions_B: jax.Array, chunk: int | None) -> jax.Array:
     return positions_B if chunk is None else positions_B % chunk
 
 
+def empty(config: ModelConfig, rows: int, length: int) -> Cache:
+    """The cache of so many rows before their first token, for documents of up to `length` tokens."""
+    kinds = config.super_block()
+    repeats, heads = config.num_layers // len(kinds), (config.num_kv_heads, config.head_dim)
+
+    def slots(kind: LayerKind) -> jax.Array:
+        return jnp.zeros((repeats, rows, heads[0], config.cache_slots(kind, length), heads[1]), config.dtype)
+
+    return Cache(tuple(KeysValues(slots(kind), slots(kind)) for kind in kinds), jnp.zeros(rows, jnp.int32))
+
+
 def filled(tokens: KeysValues, lengths_B: jax.Array, slots: int, chunk: int | None) -> KeysValues:
     """The slots [B,K,L,H] after rows of tokens [B,S,K,H], of which the first `lengths_B` are real.
 

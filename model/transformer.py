@@ -242,6 +242,10 @@ class Transformer(nnx.Module):
 
         A row that has as many tokens as the cache was made for cannot take another one.
         """
+        return self.decode_embedded(self.embed_tokens(tokens_B), cache)
+
+    def decode_embedded(self, embedded_BD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`decode` of tokens that are embedded already, or of a picture's or a sound's features."""
         layout = Layout.of_next(cache.lengths_B, self.config)
         graph, experts, weights = nnx.split(self.blocks, nnx.PathContains("experts"), ...)
         # [R, E, ...] -> [R x E, ...], and not scanned over: a repeat's experts would all be copied, to use a few.
@@ -257,20 +261,23 @@ class Transformer(nnx.Module):
             return (x_BSD, tuple(after)), None
 
         # Carried, not stacked up by the scan: so each repeat writes its tokens into the one cache that there is.
-        start = self.embed_tokens(tokens_B)[:, None], cache.layers
+        start = embedded_BD[:, None], cache.layers
         (x_BSD, slots), _ = self._scan(super_block, start, (weights, jnp.arange(self._repeats)))
         return self._normed(x_BSD)[:, 0], Cache(slots, cache.lengths_B + 1)
 
-    def _inputs(self, batch: Batch) -> tuple[jax.Array, Layout]:
-        """The first layer's input, images and sound included, and where each token stands."""
+    def embedded(self, batch: Batch) -> jax.Array:
+        """The first layer's input [B,S,D], images and sound included."""
         check_batch(batch, self.config)
         features: dict[Medium, jax.Array] = {}
         if "image_tiles" in batch and batch["image_tiles"].shape[1]:
             features["image"] = self.encode_images(batch)
         if "audio_frames" in batch and batch["audio_frames"].shape[1]:
             features["audio"] = self.encode_audio(batch)
-        embedded_BSD = self.embed_batch(batch, features)
-        return embedded_BSD, Layout.of(batch["segment_ids"], batch["positions"], self.config, self.place)
+        return self.embed_batch(batch, features)
+
+    def _inputs(self, batch: Batch) -> tuple[jax.Array, Layout]:
+        """The first layer's input, and where each token stands."""
+        return self.embedded(batch), Layout.of(batch["segment_ids"], batch["positions"], self.config, self.place)
 
     def _decoder(
         self,

@@ -108,6 +108,13 @@ class DistillConfig:
     probability of the target. These rules are ours."""
     block_vocabulary: int = 4096
     """Token ids whose logits exist at the same time in the loss, forward and backward."""
+    on_policy: float = 0.0
+    """Share of the batches whose documents the student goes on with itself (arXiv 2306.13649): from what it has written it
+    learns the divergence alone, with weight 1. Needs the teacher's whole distribution, on the mesh."""
+    rollout_prompt: float = 0.5
+    """Share of a document's targets, from its start, that stay in these batches; what is no target stays, too."""
+    rollout_temperature: float = 1.0
+    """The student writes with softmax(logits / rollout_temperature)."""
 
     @property
     def sparse(self) -> bool:
@@ -135,10 +142,23 @@ class DistillConfig:
             )
         if self.proposal != 1 and not self.draws:
             yield "proposal", f"found {self.proposal}, expected 1 without draws"
-        for name in ("temperature", "proposal"):
+        if self.on_policy and self.source == "cache":
+            yield (
+                "on_policy",
+                f"found {self.on_policy}, expected 0 with source='cache': a cache has what the teacher said of the data, not "
+                "of what the student will write",
+            )
+        elif self.on_policy and self.sparse:
+            yield (
+                "on_policy",
+                f"found {self.on_policy}, expected 0 with draws or top_k: their targets belong to the segments of the data",
+            )
+        if self.rollout_prompt == 1:
+            yield "rollout_prompt", "found 1, expected less, or there is nothing to write"
+        for name in ("temperature", "proposal", "rollout_temperature"):
             if not getattr(self, name):
                 yield name, "found 0, expected more than 0"
-        for name in ("soft_weight", "final_soft_weight"):
+        for name in ("soft_weight", "final_soft_weight", "on_policy", "rollout_prompt"):
             if (getattr(self, name) or 0) > 1:
                 yield name, f"found {getattr(self, name)}, expected 0 to 1"
 
@@ -217,7 +237,7 @@ class RunConfig:
     steps: int = 1000
     """Optimizer steps."""
     seed: int = 0
-    """Seed of the initial weights."""
+    """Seed of the initial weights, and of what a student writes (distill.on_policy)."""
     compile_cache: str = "~/.cache/drover/xla"
     """Folder of jax's compilation cache, so that a second start compiles nothing; empty for none."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -276,6 +296,12 @@ class RunConfig:
             yield (
                 "distill.top_k",
                 f"found {self.distill.top_k}, expected at most model.vocab_size={self.model.vocab_size}",
+            )
+        if self.distill and self.distill.on_policy and self.model.temperature_from == "row":
+            yield (
+                "distill.on_policy",
+                f"found {self.distill.on_policy}, expected 0 with model.temperature_from='row': what the student writes is "
+                "decoded with positions of the document",
             )
         for name, encoder in (("scenes", "vision"), ("clips", "vision"), ("tones", "audio")):
             if name in names(self.data) and getattr(self.model, encoder) is None:

@@ -12,7 +12,7 @@ from model.distillation import Distilled, distillation_losses
 from model.sampled_targets import Recipe, Targets, draw_targets, sparse_losses
 from model.transformer import Batch, Transformer
 from trainer.config import DistillConfig, ObjectiveConfig
-from trainer.objective import Extras, Objective, TokenLosses, token_objective
+from trainer.objective import SAMPLED, Extras, Objective, TokenLosses, token_objective
 
 KEYS = "soft_keys"
 """Of a batch: the random key of each token's draws, uint32 [B, S, 2]."""
@@ -43,7 +43,8 @@ def distillation_objective(config: ObjectiveConfig, distill: DistillConfig, num_
     router terms.
 
     The teacher is `Extras.teacher`, which reads the same batch; with draws the batch has the keys of these (`KEYS`). Or the
-    batch has what the teacher said before (`CachedTargets`); tokens without such a target learn the next token alone.
+    batch has what the teacher said before (`CachedTargets`); tokens without such a target learn the next token alone. Targets
+    that the student wrote (`SAMPLED`) have w = 1.
 
     Logged beside the next-token loss: `soft`, the divergence (with a sparse target an estimate, and at another temperature
     than 1 the cross-entropy, for want of the entropy there); `soft_weight`, the mean w; `taught`, the share of tokens that have
@@ -55,6 +56,8 @@ def distillation_objective(config: ObjectiveConfig, distill: DistillConfig, num_
         found, taught_T = _found(distill, model, hidden_TD, batch, extras)
         weight_T = soft_weight(distill, extras.progress) * adapted(distill, found, model.config.vocab_size) * taught_T
         hard_T = found.cross_entropy_T
+        if SAMPLED in batch:  # the next token is no lesson where the student made it up
+            weight_T = jnp.where(batch[SAMPLED].reshape(-1), 1, weight_T)
         return TokenLosses(
             hard_T + weight_T * (found.divergence_T - hard_T),
             hard_T,

@@ -34,11 +34,12 @@ from trainer.flops import flops_per_token, parameter_counts
 from trainer.initialise import abstract_state, initialise
 from trainer.memory import check_memory
 from trainer.metrics import Logger, MetricsLogger, NoLogger
-from trainer.objective import metrics, next_token_objective
+from trainer.objective import SAMPLED, metrics, next_token_objective
 from trainer.placement import memory_line, place_run
 from trainer.processes import anyone_says, check_same, is_leader, leader_says
 from trainer.progress import prepare_bar
 from trainer.report import write_report
+from trainer.rollout import Rollout, without_empty_means
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
 from trainer.sections import to_plain
@@ -107,6 +108,7 @@ class Run:
         self.run, self.directory, self.stop, self.started = run, directory, stop, started
         self.saving: int | None = None
         self.cached: CachedSource | None = None
+        self.rollout: Rollout | None = None
         self.leader, self.stopping = is_leader(), False
 
     def __enter__(self) -> "Run":
@@ -155,6 +157,8 @@ class Run:
         self.taught = None
         if run.distill and run.distill.source == "mesh":
             self.taught = load_teacher(run, run.distill, mesh, state_shapes, self.dataset.tokenizer.digest)
+            if run.distill.on_policy:
+                self.rollout = Rollout(run, run.distill, mesh, self.dataset.tokenizer.special.values())
         check_same("config, data or tokenizer", f"{to_plain(run)} {self._data_facts()} {start}")
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
@@ -225,6 +229,9 @@ class Run:
             }
 
         batch, plain = shapes(self.lessons(example)), shapes(example)
+        if self.rollout:
+            self.rollout.compile(self.state, batch)
+            batch = self.rollout.shapes(batch)
         # Named, or the compiler might move what it gives back, which the next step could not take.
         outputs = jax.tree.map(lambda array: array.sharding, self.state), self.mesh.everywhere
         compiled_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
@@ -243,7 +250,9 @@ class Run:
             "peak_flops": self.peak.flops_per_s,
             "peak_source": self.peak.source,
             "flops_per_token": self.flops.training,
-            "mfu_formula": self.flops.formula + ("; the teacher's forward pass counts too" if self.taught else ""),
+            "mfu_formula": self.flops.formula
+            + ("; the teacher's forward pass counts too" if self.taught else "")
+            + ("; so does the student's where it writes" if self.rollout else ""),
             "parameters": counts.total,
             "active_parameters": counts.active,
             "expert_kernel": self.skeleton.config.expert_kernel,
@@ -266,6 +275,8 @@ class Run:
         for step in range(self.start + 1, run.steps + 1):
             batch, self.where, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
             self.stop.nothing_to_save = False
+            if self.rollout:
+                batch = self.rollout(self.state, batch, step)
             self.state, measured = self.step_fn(
                 self.state, batch, self._flags[self.stop.requested.is_set()], self.teacher
             )
@@ -309,10 +320,12 @@ class Run:
                     sums = f"targets/{name}", f"tokens/{name}"
                     for mean in [key for key in values if key.endswith(f"/{name}") and key not in sums]:
                         del values[mean]
+            if self.rollout:
+                values = without_empty_means(values)
             amounts = float(values["tokens"]), float(values["tiles"]), float(values.get("audio_windows", 0))
             tokens, flops = amounts[0], self.flops.training_step(*amounts)
             teacher = self.teacher_flops.forward_step(*amounts) if self.teacher_flops else 0
-            flops += teacher
+            flops += teacher + (self.flops.forward_step(*amounts) if values.get(SAMPLED) else 0)
             clock = {
                 "time/step": seconds,
                 "time/tokens_per_s": tokens / seconds,

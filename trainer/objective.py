@@ -19,6 +19,10 @@ from trainer.config import ObjectiveConfig
 Sums = dict[str, jax.Array]
 OTHER = "other/"
 """Begins the names of sums by source that an objective adds to those of the next-token loss."""
+SAMPLED = "sampled"
+"""Of a batch: which targets the model has written itself, bool [B,S]; they count in no mean over the targets of the data."""
+OF_SAMPLED = f"{SAMPLED}/"
+"""Begins the names of what is told of those targets."""
 
 
 @jax.tree_util.register_dataclass
@@ -120,19 +124,25 @@ def token_objective(config: ObjectiveConfig, num_sources: int, token_loss: Token
         weight_total = extras.weight_total.astype(weights_T.dtype)
         sources_T = batch["source_ids"].reshape(-1)
         real_T = batch["segment_ids"].reshape(-1) > 0
+        given_T = jnp.where(batch[SAMPLED].reshape(-1), 0, weights_T) if SAMPLED in batch else weights_T
 
         def totals(values_T: jax.Array) -> jax.Array:
-            return by_source(values_T * weights_T, sources_T, num_sources)
+            return by_source(values_T * given_T, sources_T, num_sources)
 
         sums = {
             "tokens": jnp.sum(real_T),
             **media_sums(batch, model.place),
             "source_tokens": by_source(real_T.astype(jnp.int32), sources_T, num_sources),
             "source_loss": totals(losses.next_token_T),
-            "source_weight": by_source(weights_T, sources_T, num_sources),
-            "loss": jnp.sum(losses.next_token_T * weights_T) / weight_total,
+            "source_weight": by_source(given_T, sources_T, num_sources),
+            "loss": jnp.sum(losses.next_token_T * given_T) / weight_total,
             **{f"{OTHER}{name}": totals(values_T) for name, values_T in losses.others.items()},
         }
+        if SAMPLED in batch:
+            sampled_T = weights_T - given_T
+            told = {"loss": losses.next_token_T, **losses.others}
+            sums |= {f"{OF_SAMPLED}{name}": jnp.sum(values_T * sampled_T) for name, values_T in told.items()}
+            sums[SAMPLED] = jnp.sum(sampled_T)
         loss = jnp.sum(losses.minimised_T * weights_T) / weight_total
         if output.router is not None:
             everywhere = model.place.total(output.router)
@@ -153,6 +163,8 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     `tokens/<source>` are its tokens, `targets/<source>` is the weight of its targets; without any, its means are NaN.
     `experts/load` [L, E] are shares of the layer's assignments; `experts/imbalance` is the largest load over the mean one,
     in the worst layer. With a capacity factor, `experts/dropped` [L] counts the assignments that found no room.
+    Of targets that the model has written itself, `sampled` is their share, and `sampled/<name>` a mean over them; all other
+    means are over the targets of the data. A mean over none is NaN.
     """
     named = {"source_tokens", "source_loss", "source_weight", "load_balance", "router_z", "assignments", "dropped"}
     others = {name.removeprefix(OTHER): value for name, value in sums.items() if name.startswith(OTHER)}
@@ -168,6 +180,10 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
         logged[other] = jnp.sum(total_N) / jnp.sum(sums["source_weight"])
         mean_N = total_N / sums["source_weight"]
         logged |= {f"{other}/{name}": mean_N[i] for i, name in enumerate(source_names)}
+    if SAMPLED in sums:
+        own, given = sums[SAMPLED], jnp.sum(sums["source_weight"])
+        logged |= {name: value / own for name, value in sums.items() if name.startswith(OF_SAMPLED)}
+        logged |= {SAMPLED: own / (own + given), "loss": jnp.sum(sums["source_loss"]) / given}
     if "assignments" in sums:
         load_LE = sums["assignments"] / jnp.maximum(jnp.sum(sums["assignments"], axis=1, keepdims=True), 1)
         logged |= {

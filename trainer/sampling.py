@@ -36,8 +36,13 @@ def nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where(kept_BV, logits_BV, -jnp.inf)
 
 
-def choose(logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling | None) -> jax.Array:
-    """The token of each row at its position, int32 [B]; without `sampling` the likeliest one, the first of equals."""
+def choose(
+    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling | None, rows_B: jax.Array | None = None
+) -> jax.Array:
+    """The token of each row at its position, int32 [B]; without `sampling` the likeliest one, the first of equals.
+
+    `rows_B`: the rows' numbers, where they are in another order.
+    """
     if sampling is None:
         return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
     # From the largest one down, so that no temperature, however low, divides to infinity.
@@ -50,5 +55,5 @@ def choose(logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling | No
         return jax.random.gumbel(key, logits_BV.shape[1:], logits_BV.dtype)
 
     # The largest of logits + Gumbel noise is a draw from the softmax.
-    noise_BV = jax.vmap(noise)(jnp.arange(logits_BV.shape[0]), positions_B)
+    noise_BV = jax.vmap(noise)(jnp.arange(logits_BV.shape[0]) if rows_B is None else rows_B, positions_B)
     return jnp.argmax(logits_BV + noise_BV, axis=1).astype(jnp.int32)

@@ -27,7 +27,7 @@ from trainer.step import Skeleton, TrainState, init_state
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def run_config(model: ModelConfig = TINY, **init: str) -> RunConfig:
+def run_config(model: ModelConfig = TINY, **init: Any) -> RunConfig:
     return RunConfig(steps=200, model=model, data=DataConfig(batch_size=4), init=InitConfig(**init))
 
 
