@@ -22,7 +22,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import maverick
-from sharding.config import MeshConfig
 from trainer.config import DistillConfig
 from trainer.sections import to_config_dict
 
@@ -33,7 +32,7 @@ def get_config() -> ConfigDict:
     config.steps = 50_000
     config.data.batch_size = 1024
     config.optimizer.warmup_steps = 1000
-    config.mesh = to_config_dict(MeshConfig(fsdp=64, expert=16, tensor=4))
+    config.mesh.update(fsdp=64, expert=16, tensor=4)
     config.distill = to_config_dict(
         DistillConfig(teacher="runs/behemoth", source="cache", cache="caches/behemoth", draws=12)
     )
