@@ -36,6 +36,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=13,<14",
         "pyarrow>=26,<27",
+        "qwix>=0.1.8,<0.2",
         "rich>=15,<16",
         "soundfile>=0.14,<0.15",
         "soxr>=1.1,<2",

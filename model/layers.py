@@ -43,22 +43,23 @@ def scan_stacked(body: Callable[..., Any], start: Any, stacked: Any, unroll: int
     return jax.lax.scan(picked, start, jnp.arange(len(leaves[0])), unroll=unroll)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, std: float, dtype: str, exact: bool = False) -> nnx.Param:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, std: float, dtype: str, **notes: Any) -> nnx.Param:
     """A weight drawn from N(0, std^2).
 
-    `dims` names its dims, separated by spaces, for `sharding.rules` to split them over devices ("-": never split).
-    `exact`: used in its own precision, whatever that of the computation.
+    `dims` names its dims, separated by spaces, for `sharding.rules` to split them over devices ("-": never split); the
+    weight's metadata has them, and the `notes`.
     """
-    return nnx.Param(
-        std * jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)), dims=tuple(dims.split()), exact=exact
-    )
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)), dims=tuple(dims.split()), **notes)
 
 
 def matrix(
     rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, inputs: int, config: ModelConfig, exact: bool = False
 ) -> nnx.Param:
-    """A weight that sums over `inputs` values, with the standard deviation that the config asks for; see `normal`."""
-    return normal(rngs, shape, dims, config.init_std or inputs**-0.5, config.param_dtype, exact)
+    """A weight that sums over `inputs` values, those of its first dims but for stacked experts, with the standard deviation
+    that the config asks for; see `normal`. `exact`: used in its own precision, whatever that of the computation.
+    """
+    std = config.init_std or inputs**-0.5
+    return normal(rngs, shape, dims, std, config.param_dtype, exact=exact, inputs=inputs)
 
 
 def table(rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, config: ModelConfig) -> nnx.Param:

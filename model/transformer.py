@@ -22,6 +22,7 @@ from model.config import LayerKind, ModelConfig
 from model.grouped_ffn import kernel_for
 from model.layers import constant, matrix, pick, rms_norm, scan_stacked, table
 from model.moe import MoE, RouterBias, RouterStats, SwiGLU
+from model.storage import whole
 from model.vision import Vision, encode_used_tiles
 from sharding import stage
 from sharding.place import GATHERED_WEIGHT, Place
@@ -292,7 +293,7 @@ class Transformer(nnx.Module):
 
         def super_block(x_BSD, weights, layout):
             outputs, stats, kept = [], [], []
-            for layer in nnx.merge(graph, self.place.whole(weights, config.dtype)):
+            for layer in nnx.merge(graph, whole(self.place, weights, config.dtype)):
                 x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture, dropless=keep is not None)
                 outputs += [x_BSD] if capture else []
                 stats += [layer_stats] if layer_stats else []
@@ -331,7 +332,7 @@ class Transformer(nnx.Module):
 
         def of_mine(weight):
             share = stage.every if isinstance(weight, RouterBias) else stage.dealt
-            return weight.replace(share(place, weight.get_value()))
+            return weight.replace(jax.tree.map(lambda array: share(place, array), weight.get_value()))
 
         def is_weight(node):
             return isinstance(node, nnx.Variable)

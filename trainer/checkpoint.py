@@ -5,6 +5,7 @@ leaves the checkpoint before it. A checkpoint folder holds `state` (arrays) and 
 digests of data and tokenizer).
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def _unpruned(name: tuple[str, ...], leaf: jax.ShapeDtypeStruct, kept: Kept) -> 
 def _pruned(array: jax.Array, like: jax.ShapeDtypeStruct, kept: Kept) -> jax.Array:
     """The super-blocks of an array that are kept."""
     return jax.jit(lambda array: array[np.array(kept.blocks)], out_shardings=like.sharding)(array)
+
+
+def _weights(stored: dict[tuple[str, ...], Any], params: Params, router_bias: Params) -> dict[str, Params]:
+    """What there is of a model in a checkpoint: router biases not everywhere."""
+    has_biases = any(name[0] == "router_bias" for name in stored)
+    return {"params": params} | ({"router_bias": router_bias} if has_biases else {})
 
 
 class Checkpoints:
@@ -132,9 +139,7 @@ class Checkpoints:
         Biases are None where the checkpoint has none, such as one that was imported.
         """
         stored = self._stored(step)
-        weights = {"params": params}
-        if any(name[0] == "router_bias" for name in stored):
-            weights["router_bias"] = router_bias
+        weights = _weights(stored, params, router_bias)
         wanted = _named(weights)
         if kept is None:
             self._check_fits(step, wanted, stored)
@@ -148,6 +153,21 @@ class Checkpoints:
                 found[name] = _pruned(array, wanted[name], kept) if _stacked(name) else array
         saved = _like(weights, traverse_util.unflatten_dict(found))
         return saved["params"], saved.get("router_bias", None if router_bias else {})
+
+    def restore_weights_in_turn(
+        self, step: int, params: Params, router_bias: Params, made: Callable[[Iterator[jax.Array]], Params]
+    ) -> tuple[Params, Params | None]:
+        """The same, but weights are read one at a time, in the order of the leaves of `params`, and are what is `made` of
+        them."""
+        stored = self._stored(step)
+        weights = _weights(stored, params, router_bias)
+        self._check_fits(step, _named(weights), stored)
+        each = _named({"params": weights.pop("params")}).items()
+        params = made(self._read(step, {name: leaf})[name] for name, leaf in each)
+        if not weights:
+            return params, None if router_bias else {}
+        found = self._read(step, _named(weights))
+        return params, _like(weights, traverse_util.unflatten_dict(found))["router_bias"]
 
     def _read(self, step: int, wanted: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         """Some arrays of the state saved at `step`, by name, like the given shapes."""

@@ -73,8 +73,12 @@ class DistillConfig:
     teacher: str = ""
     """Run directory, one of its checkpoints, or directory of Hugging Face Llama 4 safetensors: the teacher's weights.
     Where targets come from a cache they are not read, but a cache of another teacher is refused; empty takes any."""
-    teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the teacher's weights and of what it computes."""
+    teacher_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Type of the teacher's weights and of what it computes. int8: its layers' matrices are kept in 8 bits with a scale for
+    each output, all else in bfloat16, in which it computes."""
+    teacher_memory: Literal["device", "host"] = "device"
+    """Where its layers' matrices are kept; from the memory of the host those of one super-block at a time come to the
+    device."""
     source: Literal["mesh", "cache"] = "mesh"
     """Where targets come from: the teacher computes beside the student, on its mesh; or it has computed before, and
     `drover teach` kept what it said."""

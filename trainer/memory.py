@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from model.storage import HOST
 from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
 from trainer.step import TrainState
@@ -13,32 +14,45 @@ from trainer.step import TrainState
 
 def check_memory(state: TrainState | None, mesh: DeviceMesh, teacher: Any = ()) -> None:
     """Refuses a model whose weights, gradients and optimizer state alone exceed the memory of a device of the mesh, or do so
-    together with the weights of a teacher; or these alone.
+    together with what there is of a teacher at one time; or this alone. What is kept in the memory of the host must fit there.
 
     `state`, `teacher`: shapes with their shardings.
     """
     what = ["weights, gradients and optimizer state"] if state else []
     what += ["the weights of the teacher (distill.teacher)"] if teacher else []
-    smaller = "teacher, or teacher_dtype=bfloat16" if teacher else "model (model.num_layers, model.num_experts)"
-    held = (state, state.params if state else (), teacher)
-    check_room(
-        tree_bytes(held) * (len(mesh.local) if mesh.devices[0].platform == "cpu" else 1),
-        mesh.devices[0],
-        ", with ".join(what),
-        f"Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller {smaller}.",
+    smaller = (
+        "teacher, or keep it in fewer bits (distill.teacher_dtype=int8) or in the memory of the host "
+        "(distill.teacher_memory=host)"
+        if teacher
+        else "model (model.num_layers, model.num_experts)"
     )
+    cure = f"Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller {smaller}."
+    held = (state, state.params if state else (), teacher)
+    device, devices = mesh.devices[0], len(mesh.local)
+    if device.platform == "cpu":
+        check_room(tree_bytes(held) * devices, device, ", with ".join(what), cure)
+    else:
+        check_room(device_bytes(held), device, ", with ".join(what), cure)
+        on_host = (tree_bytes(held) - device_bytes(held)) * devices
+        _check_room(on_host, _of_host(), "the host", f"{what[-1]} in the memory of the host", cure)
 
 
 def check_room(nbytes: int, device: Any, what: str, cure: str) -> None:
     """Refuses what exceeds the device's memory."""
-    if device.platform == "cpu":
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        room = (device.memory_stats() or {}).get("bytes_limit", nbytes)
+    room = _of_host() if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit", nbytes)
+    _check_room(nbytes, room, device.device_kind, what, cure)
+
+
+def _check_room(nbytes: int, room: int, where: str, what: str, cure: str) -> None:
     if nbytes > room:
         raise UserError(
-            f"model: {what} need {nbytes / 2**30:,.1f} GiB, found {room / 2**30:,.1f} GiB on {device.device_kind}. {cure}"
+            f"model: {what} need {nbytes / 2**30:,.1f} GiB, found {room / 2**30:,.1f} GiB on {where}. {cure}"
         )
+
+
+def _of_host() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def tree_bytes(tree: Any) -> int:
@@ -49,3 +63,12 @@ def tree_bytes(tree: Any) -> int:
         return math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
 
     return sum(part(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+    """The same of those that are in the memory of the device."""
+    return tree_bytes([leaf for leaf in jax.tree.leaves(tree) if _memory(leaf) != HOST])
+
+
+def _memory(leaf: Any) -> str | None:
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None)

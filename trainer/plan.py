@@ -18,6 +18,7 @@ from data.pipeline import empty_batch
 from data.target_cache import Header, describe
 from data.target_estimate import MEAN_ENTROPY, bytes_per_token
 from model.config import ModelConfig
+from model.storage import AS_THEY_ARE
 from sharding.config import written
 from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
@@ -26,7 +27,7 @@ from trainer.distillation import distillation_objective
 from trainer.flops import flops_per_token
 from trainer.initialise import abstract_state
 from trainer.inspect import DEVICES, number_table, terminal
-from trainer.memory import tree_bytes
+from trainer.memory import device_bytes, tree_bytes
 from trainer.objective import metrics, next_token_objective
 from trainer.placement import planned_mesh
 from trainer.report_text import compact, percent
@@ -71,7 +72,7 @@ def plan_run(run: RunConfig, devices: int, teacher: ModelConfig | None = None) -
         "gradients": tree_bytes(state.params),
         "moments": tree_bytes(state.optimizer),
         "others": tree_bytes((state.router_bias, state.step, state.skipped, state.skipped_in_a_row)),
-        "teacher": tree_bytes((taught.params, taught.router_bias)) if taught else 0,
+        "teacher": device_bytes((taught.params, taught.router_bias)) if taught else 0,
         "batch": tree_bytes(batch) - tree_bytes(targets),
         "targets": tree_bytes(targets),
         "gathered": gathered_bytes(skeleton),
@@ -128,7 +129,10 @@ def trace(run: RunConfig, skeleton: Skeleton, state: Any, batch: Any, teacher: T
 
 
 def gathered_bytes(skeleton: Skeleton) -> int:
-    """Of the weights that a device gathers to compute one super-block, in the precision of the computation."""
+    """Of the weights that a device gathers to compute one super-block, in the precision of the computation; of those that are
+    kept otherwise than they are used, all matrices."""
+    if skeleton.storage != AS_THEY_ARE:
+        return tree_bytes(skeleton.one_super_block)
     place = skeleton.mesh.place
 
     def gathered(params: Any, router_bias: Any) -> list[jax.Array]:

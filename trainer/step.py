@@ -15,9 +15,10 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.moe import RouterBias
+from model.storage import AS_THEY_ARE, HOST, Storage, as_int8, is_matrix, stored
 from model.transformer import Batch, Transformer
 from sharding.mesh import DeviceMesh
-from sharding.rules import Axes
+from sharding.rules import GATHERED, Axes
 from trainer.config import RunConfig
 from trainer.objective import Extras, Objective, Sums, extras_for
 from trainer.optimizer import adamw, learning_rate
@@ -47,28 +48,36 @@ class TrainState:
 class Skeleton:
     """A model without its arrays: puts weights in, and takes them out as plain nested dicts."""
 
-    def __init__(self, config: ModelConfig, mesh: DeviceMesh | None = None):
-        """`mesh`: the devices that it will run on; by default one.
+    def __init__(self, config: ModelConfig, mesh: DeviceMesh | None = None, storage: Storage = AS_THEY_ARE):
+        """`mesh`: the devices that it will run on; by default one. `storage`: how weights are kept that nothing trains.
 
         Raises:
             UserError: the mesh does not divide a weight.
         """
-        self.mesh = mesh or DeviceMesh.alone()
+        self.mesh, self.storage = mesh or DeviceMesh.alone(), storage
         model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), self.mesh.platform, self.mesh.place))
         self.config = model.config
         self._graph, params, self._bias = nnx.split(model, nnx.Param, RouterBias)
         # A part of a weight does not show what the whole was, so `Place` reads there how it is split.
-        self._params = jax.tree.map(lambda weight: weight.copy(split=self._split(weight)), params, is_leaf=_is_variable)
+        self._params = jax.tree.map(
+            lambda weight: stored(weight.copy(split=self._split(weight)), storage), params, is_leaf=_is_variable
+        )
         self.shardings: Params = nnx.to_pure_dict(
-            jax.tree.map(
-                lambda weight: weight.replace(self.mesh.split(self._split(weight))), params, is_leaf=_is_variable
-            )
+            jax.tree.map(lambda weight: weight.replace(self._home(weight)), self._params, is_leaf=_is_variable)
         )
         """Where each weight lives."""
 
     def _split(self, weight: nnx.Variable) -> tuple[Axes, ...]:
         dims = weight.get_metadata()["dims"]
         return self.mesh.rules.split(dims, weight.get_value().shape, self.mesh.sizes)
+
+    def _home(self, weight: nnx.Variable) -> Any:
+        note = weight.get_metadata()
+        home = self.mesh.split(note["split"])
+        if self.storage.host and is_matrix(weight):
+            home = home.with_memory_kind(HOST)
+        # Scales are few, and would cost a transfer each.
+        return as_int8(home, self.mesh.split(note["scale_split"])) if "scale_split" in note else home
 
     def summed(self, gradient: Params) -> Params:
         """The gradient of every weight, of which `Place` has summed what it gathered, summed over all devices."""
@@ -90,6 +99,19 @@ class Skeleton:
 
         biases = jax.tree.map(lambda leaf: shape(leaf, self.mesh.everywhere), nnx.to_pure_dict(self._bias))
         return jax.tree.map(shape, self.abstract_params, self.shardings), biases
+
+    @property
+    def one_super_block(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a super-block's matrices where they are used: gathered, as they are computed with."""
+        shapes = []
+        for weight in jax.tree.leaves(self._params, is_leaf=_is_variable):
+            if is_matrix(weight):
+                note, dtype = weight.get_metadata(), jnp.dtype(self.config.dtype)
+                parts = zip(note["dims"], note["split"], strict=True)
+                split = [() if name in GATHERED else axes for name, axes in parts][1:]
+                shape = weight.get_value().shape[1:]
+                shapes.append(jax.ShapeDtypeStruct(shape, dtype, sharding=self.mesh.split(split)))
+        return shapes
 
     def model(self, params: Params, router_bias: Params) -> Transformer:
         """The model with these weights."""

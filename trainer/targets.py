@@ -3,13 +3,11 @@
 Letters: B rows, S sequence, K ids of a sparse target.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from data.pipeline import Batch
@@ -18,7 +16,6 @@ from data.target_digests import Segment, segment_digests, token_keys
 from sharding.errors import UserError
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import KEYS, CachedTargets
-from trainer.step import Params
 from trainer.teacher import identity
 
 
@@ -48,15 +45,6 @@ def check_recipe(folder: Path, header: Header, distill: DistillConfig) -> None:
             f"{folder}/header.json: {'; '.join(differing)} as in the configuration. Make the options the same, or make "
             "another cache."
         )
-
-
-def fingerprint(params: Params) -> str:
-    """Names a teacher by its weights: the shape and the first numbers of every one, on any mesh."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        first = np.asarray(leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf, np.float32)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + first.tobytes())
-    return digest.hexdigest()
 
 
 def empty_targets(rows: int, length: int, slots: int) -> Batch:

@@ -16,12 +16,13 @@ from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import sparse_targets
+from trainer.fingerprint import fingerprint
 from trainer.placement import place_run
 from trainer.progress import prepare_bar, work_bar
 from trainer.runtime import configure_jax
 from trainer.signals import StopRequest
 from trainer.step import Teacher
-from trainer.targets import DrawKeys, fingerprint, header_of
+from trainer.targets import DrawKeys, header_of
 from trainer.teacher import identity, load_teacher
 
 SHARD_SECONDS = 600.0
@@ -50,7 +51,8 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
         dataset = build_dataset(run.data, run.media, "train", tell=tell)
     digest = dataset.tokenizer.digest
     taught = load_teacher(run, distill, mesh, None, digest)
-    known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(taught.teacher.params)}
+    weights = taught.teacher.params, taught.teacher.router_bias
+    known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(weights, mesh)}
     header = header_of(run, distill, digest, known)
     keyed, ask = DrawKeys(header), _Asked(run, distill, mesh, taught.teacher)
     mine = range(part, run.steps, parts)

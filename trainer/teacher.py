@@ -1,8 +1,10 @@
 """The teacher of a run: another model's weights, on the run's mesh with its own shardings, frozen."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
+from model.storage import AS_THEY_ARE, Storage
 from sharding.config import written
 from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
@@ -19,9 +22,10 @@ from trainer.config import DistillConfig, RunConfig
 from trainer.hf.config import read_model_config
 from trainer.hf.load import open_model
 from trainer.initialise import check_same_tokenizer, check_tokenizer
-from trainer.memory import check_memory
+from trainer.memory import check_memory, tree_bytes
 from trainer.placement import mesh_problems
-from trainer.step import Skeleton, Teacher, TrainState
+from trainer.quantise import in_int8, to_read
+from trainer.step import Params, Skeleton, Teacher, TrainState
 
 
 @dataclass(frozen=True)
@@ -76,25 +80,37 @@ def load_teacher(
     """
     path = _existing(Path(distill.teacher).expanduser())
 
-    def prepared(model: ModelConfig) -> Skeleton:
+    def prepared(model: ModelConfig, as_stored: Callable[[Params], Params]) -> tuple[Skeleton, Params]:
+        """The teacher without its weights, and the shapes in which to read them."""
         skeleton = teacher_skeleton(run, distill, mesh, model)
-        check_memory(student, mesh, skeleton.abstract_weights)
-        return skeleton
+        kept, read = skeleton.abstract_weights, skeleton.abstract_weights[0]
+        beside: list[Any] = []  # what there is for a time beside what is kept
+        if skeleton.storage != AS_THEY_ARE:
+            beside += skeleton.one_super_block
+        if skeleton.storage.int8:
+            read = to_read(skeleton, as_stored)
+            beside.append(max(jax.tree.leaves(read), key=tree_bytes))
+        check_memory(student, mesh, (kept, beside))
+        return skeleton, read
 
     if any(path.glob("*.safetensors")):
         found = open_model(path)
         if found.tokenizer:
             check_same_tokenizer(f"{path}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
-        skeleton = prepared(found.model)
+        skeleton, read = prepared(found.model, lambda _: found.abstract())
         note = "" if found.tokenizer else "; its tokenizer is unknown"
-        params = found.weights(skeleton.abstract_weights[0])
+        params = in_int8(skeleton, found.weights_in_turn(read))
         return LoadedTeacher(Teacher(skeleton, params, {}), skeleton.config, f"{path}{note}")
     folder, step = locate(path)
     checkpoints = Checkpoints(folder)
     known = check_tokenizer(checkpoints, step, tokenizer_digest)
-    skeleton = prepared(checkpoints.run(step).model)
-    weights, biases = skeleton.abstract_weights
-    params, router_bias = checkpoints.restore_weights(step, weights, biases)
+    skeleton, read = prepared(checkpoints.run(step).model, lambda shapes: checkpoints.as_stored(step, shapes))
+    biases = skeleton.abstract_weights[1]
+    if skeleton.storage.int8:
+        made = functools.partial(in_int8, skeleton)
+        params, router_bias = checkpoints.restore_weights_in_turn(step, read, biases, made)
+    else:
+        params, router_bias = checkpoints.restore_weights(step, read, biases)
     note = "" if known else "; its tokenizer is unknown"
     if router_bias is None:  # an imported model has none
         router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), biases)
@@ -114,16 +130,18 @@ def known_model(teacher: str) -> ModelConfig | None:
 
 
 def teacher_skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig) -> Skeleton:
-    """The teacher without its weights, in the precision in which it computes.
+    """The teacher without its weights, in the precision in which it computes, and as it is kept.
 
     Raises:
-        UserError: it cannot read the student's batches, or the mesh does not divide it.
+        UserError: it cannot read the student's batches, or cannot be kept so on the mesh.
     """
     problems = list(differences(run.model, model))
+    storage = Storage(int8=distill.teacher_dtype == "int8", host=distill.teacher_memory == "host")
+    dtype = "bfloat16" if storage.int8 else distill.teacher_dtype
     model = dataclasses.replace(
         model,
-        dtype=distill.teacher_dtype,
-        param_dtype=distill.teacher_dtype,
+        dtype=dtype,
+        param_dtype=dtype,
         remat="none",
         expert_kernel=run.model.expert_kernel,
         capacity_factor=0.0,
@@ -132,8 +150,27 @@ def teacher_skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, m
         f"{problem} on the mesh {written(mesh.sizes)}"
         for problem in mesh_problems(dataclasses.replace(run, model=model), mesh.sizes)
     ]
+    problems += storage_problems(storage, mesh.sizes, mesh.platform)
     check_can_teach(distill, problems)
-    return Skeleton(model, mesh)
+    return Skeleton(model, mesh, storage)
+
+
+def storage_problems(storage: Storage, sizes: Mapping[str, int], platform: str) -> list[str]:
+    """Why a teacher cannot be kept so on a mesh of these sizes."""
+    if not storage.host:
+        return []
+    problems = []
+    if sizes["stage"] > 1:
+        problems.append(
+            f"distill.teacher_memory='host' goes with mesh.stage=1, found {sizes['stage']}, where every device needs repeats "
+            "that lie with the others"
+        )
+    if storage.int8 and platform == "tpu":
+        problems.append(
+            "distill.teacher_memory='host' goes with teacher_dtype='bfloat16' on a TPU, found 'int8', all of which its "
+            "compiler copies to the devices at once"
+        )
+    return problems
 
 
 def check_can_teach(distill: DistillConfig, problems: list[str]) -> None:

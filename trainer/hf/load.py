@@ -1,6 +1,6 @@
 """A Hugging Face directory as a model: its config, its tensors all accounted for, its weights onto devices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,20 @@ class HfModel:
 
         Each device's part is read by itself, so that a host never holds more than its own parts and one tensor.
         """
-        tree: Tree = {}
-        for leaf in table(self.model):
+        return jax.tree.unflatten(jax.tree.structure(like), list(self.weights_in_turn(like, kept)))
+
+    def weights_in_turn(self, like: Tree, kept: tuple[int, ...] | None = None) -> Iterator[jax.Array]:
+        """The same one at a time: the leaves of `like` in order."""
+        leaves = {leaf.keys: leaf for leaf in table(self.model)}
+        for path, wanted in jax.tree_util.tree_leaves_with_path(like):
+            leaf = leaves[tuple(entry.key for entry in path)]
             if kept is not None and leaf.keys[0] == "blocks":
                 leaf = leaf._replace(names=tuple(leaf.names[i] for i in kept))
-            wanted: Any = like
-            for key in leaf.keys:
-                wanted = wanted[key]
-            value = jax.make_array_from_callback(
+            yield jax.make_array_from_callback(
                 leaf.shape,
                 wanted.sharding,
                 lambda index, leaf=leaf, dtype=wanted.dtype: leaf.read(self.tensors, dtype, index),
             )
-            place(tree, leaf.keys, value)
-        return tree
 
 
 def open_model(directory: Path, expected: ModelConfig | None = None) -> HfModel:
