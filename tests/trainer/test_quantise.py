@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from qwix import QArray
 
+from data.target_cache import describe
 from model.config import ModelConfig
 from model.storage import HOST, Storage, quantised
 from sharding.errors import UserError
@@ -23,6 +24,7 @@ from sharding.mesh import DeviceMesh
 from tests.oracle_cases import FAST_COMPILE, random_batch, random_bias, random_params
 from tests.sharding.collectives import instructions
 from tests.sharding.sameness import LENGTH, ROWS, WIDE, placed
+from tests.trainer.processes import finish, metrics, start
 from tests.trainer.saved_run import micro, save_run
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, DistillConfig
@@ -31,7 +33,7 @@ from trainer.hf.exporter import export_checkpoint
 from trainer.memory import check_memory, tree_bytes
 from trainer.quantise import in_int8, to_read
 from trainer.step import Params, Skeleton
-from trainer.teacher import load_teacher
+from trainer.teacher import load_teacher, storage_problems
 
 INT8, FAR, BOTH = Storage(int8=True), Storage(host=True), Storage(int8=True, host=True)
 MODEL = dataclasses.replace(
@@ -327,6 +329,14 @@ def test_a_teacher_on_the_host_and_stages_are_refused_together(tmp_path: Path) -
         load(tmp_path, digest, "int8", "host", stage=2)
 
 
+def test_int8_stays_out_of_the_host_of_a_tpu() -> None:
+    alone = DeviceMesh.alone().sizes
+    (problem,) = storage_problems(BOTH, alone, "tpu")
+    assert "goes with teacher_dtype='bfloat16' on a TPU, found 'int8'" in problem
+    assert not storage_problems(BOTH, alone, "gpu") and not storage_problems(FAR, alone, "tpu")
+    assert not storage_problems(INT8, alone, "tpu")
+
+
 @pytest.mark.parametrize(("room", "host", "storage", "words"), [
     (10, 99, Storage(), "the weights of the teacher .* need 20.0 GiB, found 10.0 GiB on a chip.*teacher_dtype=int8"),
     (13, 99, INT8, None),
@@ -348,3 +358,25 @@ def test_a_teacher_without_room_is_refused(
     mesh: Any = SimpleNamespace(devices=[chip], local=[chip])
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         check_memory(None, mesh, (matrix, beside))
+
+
+@pytest.mark.slow
+def test_runs_learn_from_it_and_remember_which_it_was(tmp_path: Path) -> None:
+    nano: dict[str, Any] = {"config": "tests/nano.py", "steps": 6}
+    finish(start(tmp_path / "teacher", "--config.model.hidden_size=32", **nano))
+    given = ("--config.distill={}", f"--config.distill.teacher={tmp_path / 'teacher'}", "--config.distill.draws=4")
+    last, names = {}, {}
+    for name, *options in (
+        ("bfloat16",),
+        ("int8", "--config.distill.teacher_dtype=int8"),
+        ("both", "--config.distill.teacher_dtype=int8", "--config.distill.teacher_memory=host"),
+    ):
+        finish(start(tmp_path / name, *given, *options, **nano))
+        last[name] = [record for record in metrics(tmp_path / name) if record["kind"] == "train"][-1]
+        cache = tmp_path / f"cache_{name}"
+        finish(start(cache, *given, *options, command="teach", folder="--out", **nano))
+        names[name] = describe(cache)["teacher"]["fingerprint"]
+    assert last["int8"]["loss"] == pytest.approx(last["both"]["loss"], rel=1e-3)
+    assert last["int8"]["teacher_loss"] == pytest.approx(last["bfloat16"]["teacher_loss"], rel=1e-2)
+    assert last["int8"]["teacher_loss"] != last["bfloat16"]["teacher_loss"]
+    assert names["int8"] == names["both"] != names["bfloat16"]
