@@ -1,4 +1,4 @@
-"""A teacher's weights into int8, one after the other as they are read, and never more than one matrix of them on the devices.
+"""A teacher's weights into int8, one after the other as they are read, one super-block's part of each on the devices at a time.
 
 Letters: R repeats of the super-block, P parts of them along the stage axis, X the dims of a matrix.
 """
