@@ -109,8 +109,8 @@ def _tiles(
     bits = bits if bits is not None else _last(held_out, "text_bits_per_byte")
     if bits is not None:
         tiles.append(tile(f"{bits:.3f}", "bits/byte", "held-out text"))
-    else:
-        tiles.append(tile(f"{train[-1]['loss']:.3f}", "nats/token", "training loss"))
+    elif (loss := _last(train, "loss")) is not None:
+        tiles.append(tile(f"{loss:.3f}", "nats/token", "training loss"))
     named = [one for one in scores if one.attribute != "all"]
     chosen = [one for one in named if one.attribute in ("colour", "shape", "motion", "digit")] or named[:2]
     for one in [*chosen, *(one for one in scores if one.attribute == "all")]:
@@ -185,30 +185,33 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 
 def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
-    taught = [record for record in train if "soft" in record]
-    if not taught:
+    if not any("soft" in record or "sampled/soft" in record for record in train):
         return ""
     return section(
         "Teacher",
-        f"{facts.get('teacher', 'Unknown')}. {_lessons(taught, facts.get('teacher_cache'))}",
+        f"{facts.get('teacher', 'Unknown')}. {_lessons(train, facts.get('teacher_cache'))}",
         row(
             _curve(train, "soft", "Divergence from the teacher", _plain, "nats per predicted token", zero=True),
             _curve(train, "teacher_loss", "The teacher's own loss", _plain, "on the same tokens"),
             _curve(
                 train, "soft_weight", "Weight of the divergence", _plain, "the next-token loss has the rest", zero=True
             ),
+            _curve(train, "sampled/soft", "On what the student wrote", _plain, "divergence, nats per token", zero=True),
             columns="three",
         ),
     )
 
 
-def _lessons(taught: Records, cache: Mapping[str, Any] | None) -> str:
-    """How many of the tokens the teacher spoke of, and what that cost: in this run, or before it."""
+def _lessons(train: Records, cache: Mapping[str, Any] | None) -> str:
+    """How many of the tokens of the data the teacher spoke of, and what that cost: in this run, or before it."""
+    taught = [record for record in train if "taught" in record]
+    if not taught:
+        return "It judged what the student wrote, and nothing else."
     tokens = sum(record["tokens"] for record in taught)
     share = percent(sum(record["taught"] * record["tokens"] for record in taught) / max(tokens, 1))
     if cache is None:
         text = f"{share} of the tokens had targets from the teacher beside the student"
-        run, own = (sum(record.get(name, 0) for record in taught) for name in ("flops", "teacher_flops"))
+        run, own = (sum(record.get(name, 0) for record in train) for name in ("flops", "teacher_flops"))
         return f"{text}, which took {percent(own / run)} of the FLOPs of the run." if run else f"{text}."
     text = f"{share} of the tokens had targets from the cache, where one takes {cache['bytes_per_token']:.1f} bytes"
     known, seconds = cache["tokens_of_known_cost"], cache["device_seconds"]

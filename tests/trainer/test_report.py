@@ -182,6 +182,15 @@ def test_what_the_cache_of_a_teacher_cost_is_said() -> None:
     assert "teacher cache" not in rendered(facts=FACTS | facts).words
 
 
+def test_steps_whose_targets_the_student_wrote_have_no_loss_of_the_data():
+    found = [{k: v for k, v in r.items() if not k.startswith("loss")} | {"sampled/soft": 0.5} for r in records(20)]
+    words = rendered(found).words
+    assert "On what the student wrote" in words and "training loss" not in words
+    assert "On what the student wrote" not in rendered().words
+    words = rendered([*records(20), *found[1:]]).words  # the last loss that there was
+    assert "training loss" in words
+
+
 def test_values_that_are_not_finite_are_counted_not_drawn():
     found = records()
     found[1]["grad_norm"], found[1]["loss/text"] = math.inf, math.nan
