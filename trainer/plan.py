@@ -235,7 +235,7 @@ def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
         f"{compact(left, 'B')} ({name})" if left > 0 else f"none ({name}, which lacks {compact(-left, 'B')})"
         for name, left in (device.values() for device in plan["room"])
     )
-    yield (f"Room for activations, which come on top, and for what the compiler gathers ahead: {room}. Powers of 1000.")
+    yield f"Room for activations, which come on top, and for what the compiler gathers ahead: {room}. Powers of 1000."
     flops, cache = plan["flops"], plan["cache"]
     step = compact(flops["student_step"], "FLOP")
     yield f"A step of {flops['tokens']:,} tokens, rows full of text: {step} of the student, forward and backward."
