@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
@@ -111,7 +112,7 @@ class Study:
         from launch.config_file import load_run
         from trainer.flops import flops_per_token
 
-        row = json.loads(next((self.runs / "online-0" / "metrics").glob("*.jsonl")).read_text().splitlines()[-1])
+        row = [row for row in self.metrics("online", 0) if row["kind"] == "train"][-1]
         student, teacher = (
             flops_per_token(run.model, run.data.sequence_length)
             for run in (load_run(STUDENT, {"distill.teacher": str(self.teacher)}), load_run(TEACHER, {}))
@@ -119,14 +120,19 @@ class Study:
         amounts = row["tokens"], row["tiles"]
         return 1 + teacher.forward_step(*amounts) / student.training_step(*amounts)
 
+    def metrics(self, name: str, seed: int) -> list[dict[str, Any]]:
+        """What a run logged."""
+        return list(
+            map(json.loads, (self.runs / f"{name}-{seed}" / "metrics" / "metrics.jsonl").read_text().splitlines())
+        )
+
     def curve(self, name: str, key: str) -> tuple[list[int], list[float]]:
         """Means over seeds of a held-out loss, at steps."""
         values: dict[int, list[float]] = {}
         for seed in self.seeds:
-            for file in sorted((self.runs / f"{name}-{seed}" / "metrics").glob("*.jsonl")):
-                for row in map(json.loads, file.read_text().splitlines()):
-                    if row["kind"] == "eval":
-                        values.setdefault(row["step"], []).append(row[key])
+            for row in self.metrics(name, seed):
+                if row["kind"] == "eval":
+                    values.setdefault(row["step"], []).append(row[key])
         steps = sorted(values)
         return steps, [statistics.fmean(values[step]) for step in steps]
 
