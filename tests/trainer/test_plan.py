@@ -167,6 +167,24 @@ def test_a_planned_mesh_splits_as_one_of_devices_does() -> None:
     assert found["batch"] + found["targets"] == tree_bytes(abstract_batch(run, real))
 
 
+def test_a_teacher_in_int8_and_one_in_the_memory_of_the_host_are_planned() -> None:
+    runs = [small(source="mesh", **kept) for kept in ({}, {"teacher_dtype": "int8"}, {"teacher_memory": "host"})]
+    plain, int8, far = (plan_run(run, 8, teacher_of(run))["bytes_per_device"] for run in runs)
+    skeleton = teacher_skeleton(runs[1], distill_of(runs[1]), planned_mesh(runs[1], 8), teacher_of(runs[1]))
+    weights = jax.tree_util.tree_leaves_with_path(skeleton.abstract_weights[0])
+    numbers = tree_bytes([leaf for _, leaf in weights if leaf.dtype == "int8"])
+    scales = tree_bytes([leaf for path, leaf in weights if str(path[-1]) == ".scale"])
+    assert numbers > scales > 0
+    assert int8["teacher"] == plain["teacher"] - numbers + scales
+    assert far["teacher"] == plain["teacher"] - 2 * numbers
+    # Of 1 repeat; experts stay split over 2 devices, and all that is split over 4 is gathered.
+    model = skeleton.config
+    D, F, experts = model.hidden_size, model.expert_ffn_size, model.num_experts // 2
+    attention = 2 * D * model.head_dim * (model.num_heads + model.num_kv_heads)
+    layers = len(model.super_block())
+    assert int8["teacher_gathered"] == far["teacher_gathered"] == 2 * layers * (attention + 3 * D * F * (experts + 1))
+
+
 def test_a_step_that_cannot_be_traced_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     run = small(source="cache", cache="nowhere")
     monkeypatch.setattr(plan, "empty_targets", lambda *_: {})
