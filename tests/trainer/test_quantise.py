@@ -259,12 +259,13 @@ def test_every_number_and_its_place_count(dtype: str) -> None:
             name(b=np.asarray(1.25)),
             name(a=np.roll(weights["a"], 1, 1)),
             name(a=weights["a"].swapaxes(0, 2)),
+            name(a=weights["a"].view(f"uint{8 * weights['a'].dtype.itemsize}")),
         }
         for place in np.ndindex(3, 8, 1):
             changed = weights["a"].copy()
             changed[place] = -changed[place] or 1
             names.add(name(a=changed))
-    assert len(names) == 4 + 3 * 8
+    assert len(names) == 5 + 3 * 8
 
 
 # From where teachers are read
