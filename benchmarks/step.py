@@ -87,10 +87,7 @@ def compare(dataset: Any, step: Any, state: Any, steps: int, rounds: int = 5) ->
             for name in ("ready", "fed"):
                 start = time.perf_counter()
                 for i in range(steps):
-                    if name == "ready":
-                        batch = jax.device_put(ready[i])
-                    else:
-                        batch, _, _ = feeder.next(lambda: None)
+                    batch = jax.device_put(ready[i]) if name == "ready" else feeder.next(lambda: None).batch
                     state, _ = step(state, batch)
                 jax.block_until_ready(state)
                 seconds[name].append((time.perf_counter() - start) / steps)

@@ -44,14 +44,21 @@ class MeshConfig:
     routing sends; more of them go in further rounds, none are dropped."""
 
     def problems(self) -> Iterator[Problem]:
-        rest = [name for name in AXES if getattr(self, name) == REST]
-        if len(rest) > 1:
-            yield rest[1], f"found -1, expected a size: {rest[0]} is -1 already, and takes all devices that are left"
+        if len(self.rest) > 1:
+            yield (
+                self.rest[1],
+                f"found -1, expected a size: {self.rest[0]} is -1 already, and takes all devices that are left",
+            )
         for name in AXES:
             if getattr(self, name) == 0:
                 yield name, "found 0, expected 1 or more, or -1 for all devices that the other axes leave"
         if self.expert_buffer < 1:
             yield "expert_buffer", f"found {self.expert_buffer}, expected 1 or more"
+
+    @property
+    def rest(self) -> list[str]:
+        """The axes of size -1."""
+        return [name for name in AXES if getattr(self, name) == REST]
 
     def sizes(self, devices: int) -> dict[str, int] | None:
         """The size of each axis on this many devices; None where their product cannot be that number."""

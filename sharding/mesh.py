@@ -28,12 +28,21 @@ class DeviceMesh:
     rules: Rules = field(default_factory=Rules)
 
     @classmethod
-    def of(cls, devices: Sequence[Any], sizes: Mapping[str, int], **options: Any) -> "DeviceMesh":
-        """A mesh with these sizes of `AXES`, whose product is the number of devices; options are those of `Place`."""
+    def of(
+        cls, devices: Sequence[Any], sizes: Mapping[str, int], *, in_order: bool = False, **options: Any
+    ) -> "DeviceMesh":
+        """A mesh with these sizes of `AXES`, whose product is the number of devices; options are those of `Place`.
+
+        `in_order`: as the devices are given, the last axis first, rather than as they are wired. Some of the chips of a TPU
+        slice, with others between them, can be laid out in no other way.
+        """
         shape = tuple(sizes.get(name, 1) for name in AXES)
         assert math.prod(shape) == len(devices)
-        # Accelerators are put so that neighbours in the mesh are neighbours on the wires.
-        mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        types = (AxisType.Auto,) * len(AXES)
+        if in_order:
+            mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+        else:  # Accelerators are put so that neighbours in the mesh are neighbours on the wires.
+            mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
         return cls(mesh, Place.on(dict(zip(AXES, shape, strict=True)), **options), devices[0].platform)
 
     @classmethod
@@ -104,19 +113,35 @@ class DeviceMesh:
 
     def put(self, share: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
         """A batch of so many rows on the devices, from this process's share of it."""
-        place, first = 0, {}
-        for start, stop in self._local_rows(rows):
-            first[start] = place
-            place += stop - start
+        places = self._places(rows)
 
         def placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
             def part(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(rows)
-                return array[(slice(first[start], first[start] + stop - start), *index[1:])]
+                return array[(places[index[0].indices(rows)[:2]], *index[1:])]
 
             return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, part)
 
         return {name: placed(share[name], sharding) for name, sharding in self.batch(share).items()}
+
+    def fetch(self, array: jax.Array) -> np.ndarray:
+        """This process's rows of an array that is split as those of a batch are, in the order in which `put` takes them.
+
+        Waits for the array. All of a row has to be on devices of this process.
+        """
+        rows = len(array)
+        places = self._places(rows)
+        share = np.empty((sum(stop - start for start, stop in places), *array.shape[1:]), array.dtype)
+        for index, part in {str(part.index): (part.index, part) for part in array.addressable_shards}.values():
+            share[(places[index[0].indices(rows)[:2]], *index[1:])] = part.data
+        return share
+
+    def _places(self, rows: int) -> dict[tuple[int, int], slice]:
+        """(start, stop) of the rows on this process's devices -> where they are in its share."""
+        places, place = {}, 0
+        for start, stop in self._local_rows(rows):
+            places[start, stop] = slice(place, place + stop - start)
+            place += stop - start
+        return places
 
     def _local_rows(self, rows: int) -> list[tuple[int, int]]:
         """(start, stop) of the rows on this process's devices, each once, in order."""

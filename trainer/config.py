@@ -79,9 +79,13 @@ class DistillConfig:
     teacher_memory: Literal["device", "host"] = "device"
     """Where its layers' matrices are kept; from the memory of the host those of one super-block at a time come to the
     device."""
-    source: Literal["mesh", "cache"] = "mesh"
-    """Where targets come from: the teacher computes beside the student, on its mesh; or it has computed before, and
-    `drover teach` kept what it said."""
+    source: Literal["mesh", "devices", "cache"] = "mesh"
+    """Where targets come from. mesh: the teacher computes inside the student's step, on its mesh; devices: on a part of the
+    devices that is its own (teacher_mesh), a batch ahead of the student; cache: it has computed before, and `drover teach` kept
+    what it said."""
+    teacher_mesh: MeshConfig | None = None
+    """How the teacher's own devices are laid out, for source="devices": of those of each process it has the last ones, and
+    `mesh` is of the others. One axis of one of the two meshes may be -1, and takes what the other mesh leaves."""
     cache: str = ""
     """Folder that `drover teach` wrote, for source="cache"."""
     missing: Literal["fail", "hard"] = "fail"
@@ -89,7 +93,7 @@ class DistillConfig:
     from it, which is counted."""
     draws: int = 0
     """Draws from the teacher's distribution that are a token's target: their mean gradient is that of the whole distribution
-    (arXiv 2503.16870). 0 for the whole distribution, which needs the teacher on the mesh."""
+    (arXiv 2503.16870). 0 for the whole distribution, which needs the teacher on the student's mesh."""
     proposal: float = 1.0
     """Draws come from the teacher's distribution to this power, with importance weights; 1 draws from itself."""
     top_k: int = 0
@@ -126,7 +130,7 @@ class DistillConfig:
         return bool(self.draws or self.top_k)
 
     def problems(self) -> Iterator[Problem]:
-        if not self.teacher and self.source == "mesh":
+        if not self.teacher and self.source != "cache":
             yield "teacher", "found nothing, expected a run directory, a checkpoint or a Hugging Face directory"
         if self.source == "cache":
             if not self.cache:
@@ -136,6 +140,17 @@ class DistillConfig:
                     "draws",
                     "found 0, as top_k is; expected 1 or more of one of them: a cache keeps no whole distribution",
                 )
+        if self.source == "devices":
+            if self.teacher_mesh is None:
+                yield "teacher_mesh", "found None, expected the sizes of the teacher's mesh, with source='devices'"
+            if not self.sparse:
+                yield (
+                    "draws",
+                    "found 0, as top_k is; expected 1 or more of one of them: from devices of its own the teacher would have "
+                    "to send the whole distribution of every token to the student's",
+                )
+        if self.source == "mesh" and self.teacher_mesh is not None:
+            yield "teacher_mesh", "found sizes, expected None: with source='mesh' the teacher is on the student's mesh"
         if self.draws and self.top_k:
             yield "top_k", f"found {self.top_k} beside draws={self.draws}, expected one of them to be 0"
         if self.sparse and self.divergence != "forward":
@@ -307,6 +322,13 @@ class RunConfig:
                 f"found {self.distill.on_policy}, expected 0 with model.temperature_from='row': what the student writes is "
                 "decoded with positions of the document",
             )
+        if self.distill and self.distill.source == "devices" and self.distill.teacher_mesh:
+            ours, theirs = self.mesh.rest, self.distill.teacher_mesh.rest
+            if ours and theirs:
+                yield (
+                    f"distill.teacher_mesh.{theirs[0]}",
+                    f"found -1, expected a size: mesh.{ours[0]} is -1, and takes all devices that the teacher leaves",
+                )
         for name, encoder in (("scenes", "vision"), ("clips", "vision"), ("tones", "audio")):
             if name in names(self.data) and getattr(self.model, encoder) is None:
                 yield f"data.mixture.{name}", f"found a weight above zero, expected 0 when model.{encoder} is None"

@@ -83,7 +83,7 @@ class Console:
             lines["teacher"] = (
                 f"{facts['teacher']}; {count(facts['teacher_parameters'])} parameters, "
                 f"{compact(facts['teacher_flops_per_token'], 'FLOPs')} a token beside "
-                f"{compact(facts['flops_per_token'], 'FLOPs')} of the student's step"
+                f"{compact(facts['flops_per_token'], 'FLOPs')} of the student's step; {facts.get('teacher_place', '')}"
             )
         lines["data"] = f"{data}; digest {facts['data_digest']}" if "data_digest" in facts else data
         lines["starts from"] = facts.get("initialised_from")
@@ -181,6 +181,7 @@ class Console:
             *(f"{compact(x):>7} tok/s" for x in _present(record, "time/tokens_per_s")),
             *(f"MFU {percent(x):>6}" for x in _present(record, "time/mfu")),
             *(f"wait {percent(x):>6}" for x in _present(record, "time/data_wait")),
+            *(f"for teacher {percent(x):>6}" for x in _present(record, "time/teacher_wait")),
             *(f"busiest expert {x:4.1f}x" for x in _present(record, "experts/imbalance")),
             *(f"skipped {x}" for x in _present(record, "skipped") if x),
             *([f"ETA {self._eta()}"] if self._eta() else []),
@@ -206,6 +207,8 @@ class Console:
             *(f"divergence {x:.4f}" for x in _present(train, "soft")),
             *(f"its weight {x:.2f}" for x in _present(train, "soft_weight")),
             *(f"the teacher's loss {x:.4f}" for x in _present(train, "teacher_loss")),
+            *(f"MFU of its devices {percent(x)}" for x in _present(train, "time/teacher_mfu")),
+            *((f"waited for {percent(x)}", "yellow" if x > 0.1 else "") for x in _present(train, "time/teacher_wait")),
         )
         row(
             "optimizer",

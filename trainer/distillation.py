@@ -19,7 +19,7 @@ KEYS = "soft_keys"
 
 
 class CachedTargets(NamedTuple):
-    """Sparse targets of the tokens of a batch, as arrays of it."""
+    """Sparse targets of the tokens of a batch, as arrays of it: from a cache, or of a teacher on devices of its own."""
 
     soft_ids: jax.Array
     """int32 [B, S, K], -1 where there is none."""
@@ -43,7 +43,7 @@ def distillation_objective(config: ObjectiveConfig, distill: DistillConfig, num_
     router terms.
 
     The teacher is `Extras.teacher`, which reads the same batch; with draws the batch has the keys of these (`KEYS`). Or the
-    batch has what the teacher said before (`CachedTargets`); tokens without such a target learn the next token alone. Targets
+    batch has what a teacher said elsewhere (`CachedTargets`); tokens without such a target learn the next token alone. Targets
     that the student wrote (`SAMPLED`) have w = 1.
 
     Logged beside the next-token loss: `soft`, the divergence (with a sparse target an estimate, and at another temperature

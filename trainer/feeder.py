@@ -4,9 +4,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from data.pipeline import WHERE, Batch, Batches
@@ -15,17 +14,30 @@ AHEAD = 2
 """Batches kept on the device beside the one in use."""
 
 
+class Fed(NamedTuple):
+    """A batch where it is used."""
+
+    batch: Any
+    """What the feeder's `put` made of it."""
+    where: np.ndarray
+    """In the data it begins."""
+    data_wait: float
+    """Seconds for which the device had nothing to do but wait for data."""
+    teacher_wait: float | None = None
+    """Seconds for which it waited for a teacher on devices of its own."""
+
+
 class Feeder:
     """Moves batches to the device on a thread, and measures how long the device waits for them."""
 
-    def __init__(self, batches: Batches, put: Callable[[Batch], dict[str, jax.Array]]):
+    def __init__(self, batches: Batches, put: Callable[[Batch], Any]):
         """`put` moves a batch to where it is used."""
         self._queue: queue.Queue[Any] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(batches, put), daemon=True, name="feeder")
         self._thread.start()
 
-    def _run(self, batches: Batches, put: Callable[[Batch], dict[str, jax.Array]]) -> None:
+    def _run(self, batches: Batches, put: Callable[[Batch], Any]) -> None:
         try:
             for batch in batches:
                 where = batch.pop(WHERE)
@@ -43,8 +55,8 @@ class Feeder:
                 continue
         return False
 
-    def next(self, device_idle: Callable[[], None]) -> tuple[dict[str, jax.Array], np.ndarray, float]:
-        """The next batch, where in the data it begins, and the seconds for which the device had nothing to do but wait.
+    def next(self, device_idle: Callable[[], Any]) -> Fed:
+        """The next batch.
 
         `device_idle` returns when the device has finished what it was given: a batch that is late for the queue but in
         time for the device costs nothing.
@@ -59,7 +71,8 @@ class Feeder:
             waited = time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return *item, waited
+        batch, where = item
+        return Fed(batch, where, waited)
 
     def close(self) -> None:
         """Ends the thread; one that waits for a stalled worker is left behind, and ends with the process."""

@@ -9,13 +9,14 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.filesize import decimal
 
 from data.mixture import continued
 from data.pipeline import Batch, build_dataset
@@ -23,19 +24,20 @@ from data.questions import SOURCES
 from sharding.config import written
 from sharding.devices import peak_flops
 from sharding.errors import UserError
+from trainer.asked import Asked, AskedAhead
 from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.decode import Decoder
 from trainer.distillation import distillation_objective
 from trainer.evaluate import HeldOut, question_scores
-from trainer.feeder import Feeder
+from trainer.feeder import Fed, Feeder
 from trainer.flops import flops_per_token, parameter_counts
 from trainer.initialise import abstract_state, initialise
-from trainer.memory import check_memory
+from trainer.memory import check_memory, device_bytes, tree_bytes
 from trainer.metrics import Logger, MetricsLogger, NoLogger
 from trainer.objective import SAMPLED, metrics, next_token_objective
-from trainer.placement import memory_line, place_run
+from trainer.placement import memory_line, place_student_and_teacher
 from trainer.processes import anyone_says, check_same, is_leader, leader_says
 from trainer.progress import prepare_bar
 from trainer.report import write_report
@@ -96,9 +98,8 @@ class Pending:
 
     step: int
     metrics: dict[str, jax.Array]
-    where: np.ndarray
-    """In the data its batch begins."""
-    waited: float
+    fed: Fed
+    """Its batch, without the arrays."""
 
 
 class Run:
@@ -122,7 +123,7 @@ class Run:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         run = self.run
-        self.mesh = mesh = place_run(run, jax.devices())
+        self.mesh, self.teacher_mesh = mesh, teacher_mesh = place_student_and_teacher(run, jax.devices())
         self.skeleton = skeleton = Skeleton(run.model, mesh)
         state_shapes = abstract_state(run, skeleton)
         check_memory(state_shapes, mesh)
@@ -148,15 +149,25 @@ class Run:
         self.share = mesh.share(rows, run.optimizer.accumulate)
         batches = stack.enter_context(self.dataset.batches(start, run.steps, self.share.tolist()))
         self.lessons = self._lessons(stack)
-        self.feeder = Feeder(batches, lambda share: mesh.put(self.lessons(share), rows))
-        stack.callback(self.feeder.close)
+        self.apart = teacher_mesh is not mesh
+
+        def put(share: Batch) -> Any:
+            lessons = self.lessons(share)
+            if self.apart:
+                return mesh.put(share, rows), teacher_mesh.put(lessons, rows)
+            return mesh.put(lessons, rows)
+
+        feeder = Feeder(batches, put)
+        stack.callback(feeder.close)
 
         self.state, origin = initialise(
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
-        self.taught = None
-        if run.distill and run.distill.source == "mesh":
-            self.taught = load_teacher(run, run.distill, mesh, state_shapes, self.dataset.tokenizer.digest)
+        self.taught = self.asked = None
+        if run.distill and run.distill.source != "cache":
+            self.taught = load_teacher(run, run.distill, teacher_mesh, state_shapes, self.dataset.tokenizer.digest)
+            if self.apart:
+                self.asked = Asked(run, run.distill, self.taught.teacher)
             if run.distill.on_policy:
                 self.rollout = Rollout(run, run.distill, mesh, self.dataset.tokenizer.special.values())
         check_same("config, data or tokenizer", f"{to_plain(run)} {self._data_facts()} {start}")
@@ -177,6 +188,9 @@ class Run:
             make_train_step(run, skeleton, objective), make_eval_step(skeleton, next_token)
         )
         self.compile_s = time.perf_counter() - compile_start
+        self.feeder = feeder
+        if self.asked:
+            self.feeder = AskedAhead(feeder, self.asked, lambda share: mesh.put(share, rows), run.steps - start)
         held_out = build_dataset(run.data, run.media, "heldout", journal=self.journal)
         self.held_out = HeldOut(
             held_out, eval_fn, lambda batch: mesh.put({k: a[self.share] for k, a in batch.items()}, rows)
@@ -207,7 +221,8 @@ class Run:
 
     @property
     def teacher(self) -> Teacher | None:
-        return self.taught.teacher if self.taught else None
+        """That of the student's step."""
+        return self.taught.teacher if self.taught and not self.apart else None
 
     def _compiled(self, train_step: Any, eval_step: Any) -> tuple[Any, Any]:
         """Both steps, before the first one runs: nothing is compiled in the middle of a run."""
@@ -222,13 +237,16 @@ class Run:
 
         example = self.dataset.batch(self.start)
 
-        def shapes(example: Batch) -> dict[str, jax.ShapeDtypeStruct]:
+        def shapes(example: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
             return {
                 name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
                 for name, sharding in self.mesh.batch(example).items()
             }
 
-        batch, plain = shapes(self.lessons(example)), shapes(example)
+        lessons = self.lessons(example)
+        if self.asked:
+            lessons = example | self.asked.compile(lessons)
+        batch, plain = shapes(lessons), shapes(example)
         if self.rollout:
             self.rollout.compile(self.state, batch)
             batch = self.rollout.shapes(batch)
@@ -243,16 +261,15 @@ class Run:
         counts, mesh, device = parameter_counts(self.run.model), self.mesh, self.mesh.devices[0]
         return {
             "command": shlex.join(sys.argv),
-            "devices": f"{len(mesh.devices)} x {device.device_kind} ({device.platform})",
+            "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+            + (f", {len(mesh.devices)} of them the student's" if self.apart else ""),
             "mesh": written(mesh.sizes),
             "mesh_memory": memory_line(self.state, mesh),
             "compiler_flags": " ".join(filter(None, map(os.environ.get, ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
             "peak_flops": self.peak.flops_per_s,
             "peak_source": self.peak.source,
             "flops_per_token": self.flops.training,
-            "mfu_formula": self.flops.formula
-            + ("; the teacher's forward pass counts too" if self.taught else "")
-            + ("; so does the student's where it writes" if self.rollout else ""),
+            "mfu_formula": self.flops.formula + self._teacher_formula(),
             "parameters": counts.total,
             "active_parameters": counts.active,
             "expert_kernel": self.skeleton.config.expert_kernel,
@@ -263,26 +280,41 @@ class Run:
             "teacher_cache": self.cached and self.cached.facts,
             "teacher_parameters": self.taught and parameter_counts(self.taught.model).total,
             "teacher_flops_per_token": self.teacher_flops and self.teacher_flops.forward,
+            "teacher_place": self.taught and self._teacher_place(self.taught.teacher),
             "compile_s": self.compile_s,
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
         }
+
+    def _teacher_formula(self) -> str:
+        if self.apart:
+            return "; of the student and its devices; the teacher's forward pass on its own is time/teacher_mfu"
+        own = "; so does the student's where it writes" if self.rollout else ""
+        return f"; the teacher's forward pass counts too{own}" if self.taught else ""
+
+    def _teacher_place(self, teacher: Teacher) -> str:
+        mesh = self.teacher_mesh
+        where = f"devices of its own ({written(mesh.sizes)})" if self.apart else "the student's mesh"
+        weights = teacher.params, teacher.router_bias
+        host = tree_bytes(weights) - device_bytes(weights)
+        kept = f" and {decimal(host)} in the memory of its host" if host else ""
+        return f"on {where}, its weights {decimal(device_bytes(weights))} a device{kept}"
 
     def loop(self) -> None:
         """Steps until the last one or until asked to stop."""
         run, pending = self.run, None
         self.last_done = time.perf_counter()
         for step in range(self.start + 1, run.steps + 1):
-            batch, self.where, waited = self.feeder.next(lambda: jax.block_until_ready(self.state))
+            fed = self.feeder.next(lambda: jax.block_until_ready(self.state))
+            self.where = fed.where
             self.stop.nothing_to_save = False
-            if self.rollout:
-                batch = self.rollout(self.state, batch, step)
+            batch = self.rollout(self.state, fed.batch, step) if self.rollout else fed.batch
             self.state, measured = self.step_fn(
                 self.state, batch, self._flags[self.stop.requested.is_set()], self.teacher
             )
             if pending:
                 self._done(pending)
-            pending = Pending(step, measured, self.where, waited)
+            pending = Pending(step, measured, fed._replace(batch=None))
             first, last = step == self.start + 1, step == run.steps
             evaluating = last or step % run.eval.every_steps == 0
             saving = last or step % run.checkpoint.every_steps == 0
@@ -324,22 +356,26 @@ class Run:
                 values = without_empty_means(values)
             amounts = float(values["tokens"]), float(values["tiles"]), float(values.get("audio_windows", 0))
             tokens, flops = amounts[0], self.flops.training_step(*amounts)
-            teacher = self.teacher_flops.forward_step(*amounts) if self.teacher_flops else 0
-            flops += teacher + (self.flops.forward_step(*amounts) if values.get(SAMPLED) else 0)
+            flops += self.flops.forward_step(*amounts) if values.get(SAMPLED) else 0
+            teachers = self.teacher_flops.forward_step(*amounts) if self.teacher_flops else 0.0
+            peak = seconds * self.peak.flops_per_s
             clock = {
                 "time/step": seconds,
                 "time/tokens_per_s": tokens / seconds,
-                "time/mfu": flops / seconds / self.peak.flops_per_s / len(self.mesh.devices),
-                "time/data_wait": pending.waited / seconds,
+                "time/mfu": (flops + (0 if self.apart else teachers)) / peak / len(self.mesh.devices),
+                "time/data_wait": pending.fed.data_wait / seconds,
                 "time/elapsed": now - self.started,
             }
+            if pending.fed.teacher_wait is not None:
+                clock["time/teacher_wait"] = pending.fed.teacher_wait / seconds
+                clock["time/teacher_mfu"] = teachers / peak / len(self.teacher_mesh.devices)
             slots = self.run.data.batch_size * self.run.data.sequence_length
             seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
-            if teacher:
-                seen |= {"flops": flops, "teacher_flops": teacher}
+            if teachers:
+                seen |= {"flops": flops + teachers, "teacher_flops": teachers}
             if self.cached:
                 seen |= {f"cache/{name}": number for name, number in self.cached.counts.items()}
-            seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.where).items()}
+            seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.fed.where).items()}
             self.logger.write({"kind": "train", "step": pending.step} | values | seen | clock)
         if in_a_row >= self.run.optimizer.max_skipped:
             raise UserError(

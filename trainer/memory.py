@@ -16,8 +16,13 @@ def check_memory(state: TrainState | None, mesh: DeviceMesh, teacher: Any = ()) 
     """Refuses a model whose weights, gradients and optimizer state alone exceed the memory of a device of the mesh, or do so
     together with what there is of a teacher at one time; or this alone. What is kept in the memory of the host must fit there.
 
-    `state`, `teacher`: shapes with their shardings.
+    `state`, `teacher`: shapes with their shardings. A state on other devices than those of the mesh counts where they have one
+    memory with these, on a CPU.
     """
+    device = mesh.local[0]
+    shared = device.platform == "cpu"
+    if state and not shared and state.step.sharding.device_set.isdisjoint(mesh.devices):
+        state = None
     what = ["weights, gradients and optimizer state"] if state else []
     what += ["the weights of the teacher (distill.teacher)"] if teacher else []
     smaller = (
@@ -28,12 +33,13 @@ def check_memory(state: TrainState | None, mesh: DeviceMesh, teacher: Any = ()) 
     )
     cure = f"Take more devices and split the weights over them (mesh.fsdp, mesh.expert), or a smaller {smaller}."
     held = (state, state.params if state else (), teacher)
-    device, devices = mesh.devices[0], len(mesh.local)
-    if device.platform == "cpu":
-        check_room(tree_bytes(held) * devices, device, ", with ".join(what), cure)
+    if shared:
+        leaves = jax.tree.leaves(held)
+        nbytes = sum(tree_bytes(leaf) * len(leaf.sharding.addressable_devices) for leaf in leaves)
+        check_room(nbytes, device, ", with ".join(what), cure)
     else:
         check_room(device_bytes(held), device, ", with ".join(what), cure)
-        on_host = (tree_bytes(held) - device_bytes(held)) * devices
+        on_host = (tree_bytes(held) - device_bytes(held)) * len(mesh.local)
         _check_room(on_host, _of_host(), "the host", f"{what[-1]} in the memory of the host", cure)
 
 

@@ -22,6 +22,7 @@ from model.storage import AS_THEY_ARE
 from sharding.config import written
 from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
+from trainer.asked import Asked
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import distillation_objective
 from trainer.flops import flops_per_token
@@ -29,7 +30,7 @@ from trainer.initialise import abstract_state
 from trainer.inspect import DEVICES, number_table, terminal
 from trainer.memory import device_bytes, tree_bytes
 from trainer.objective import metrics, next_token_objective
-from trainer.placement import planned_mesh
+from trainer.placement import planned_student_and_teacher
 from trainer.report_text import compact, percent
 from trainer.step import Skeleton, Teacher, make_train_step
 from trainer.targets import DrawKeys, check_recipe, empty_targets, header_of
@@ -50,34 +51,37 @@ def plan_run(run: RunConfig, devices: int, teacher: ModelConfig | None = None) -
     Raises:
         UserError: the mesh does not divide the run or the teacher; a teacher is needed, and unknown.
     """
-    mesh, distill = planned_mesh(run, devices), run.distill
+    (mesh, teacher_mesh), distill = planned_student_and_teacher(run, devices), run.distill
+    apart = teacher_mesh is not mesh
     teacher = teacher or (known_model(distill.teacher) if distill and distill.teacher else None)
     taught = None
-    if distill and distill.source == "mesh":
+    if distill and distill.source != "cache":
         if teacher is None:
             raise UserError(
                 f"distill.teacher: found {distill.teacher!r}, which does not exist. To plan for a teacher before there is one, "
                 "give its config file as --teacher-config."
             )
-        of_teacher = teacher_skeleton(run, distill, mesh, teacher)
+        of_teacher = teacher_skeleton(run, distill, teacher_mesh, teacher, apart)
         taught = Teacher(of_teacher, *of_teacher.abstract_weights)
-    elif distill and teacher:  # which speaks on devices of its own, before
+    elif distill and teacher:  # which spoke before, on other devices
         check_can_teach(distill, differences(run.model, teacher))
     skeleton = Skeleton(run.model, mesh)
     state, batch = abstract_state(run, skeleton), abstract_batch(run, mesh)
-    trace(run, skeleton, state, batch, taught)
+    beside = None if apart else taught
+    trace(run, skeleton, state, batch, beside)
     targets = {name: array for name, array in batch.items() if name.startswith("soft_")}
     parts = {
         "weights": tree_bytes(state.params),
         "gradients": tree_bytes(state.params),
         "moments": tree_bytes(state.optimizer),
         "others": tree_bytes((state.router_bias, state.step, state.skipped, state.skipped_in_a_row)),
-        "teacher": device_bytes((taught.params, taught.router_bias)) if taught else 0,
+        "teacher": device_bytes((beside.params, beside.router_bias)) if beside else 0,
         "batch": tree_bytes(batch) - tree_bytes(targets),
         "targets": tree_bytes(targets),
         "gathered": gathered_bytes(skeleton),
-        "teacher_gathered": gathered_bytes(taught.skeleton) if taught else 0,
+        "teacher_gathered": gathered_bytes(beside.skeleton) if beside else 0,
     }
+    own = _of_the_teacher(run, taught) if apart and taught else None
     data = run.data
     return {
         "devices": devices,
@@ -92,17 +96,40 @@ def plan_run(run: RunConfig, devices: int, teacher: ModelConfig | None = None) -
         },
         "source": distill.source if distill else None,
         "bytes_per_device": parts | {"total": sum(parts.values())},
+        "teacher_devices": own and {"count": teacher_mesh.count, "mesh": written(teacher_mesh.sizes), "bytes": own},
         "room": [{"name": device.name, "bytes": device.memory_bytes - sum(parts.values())} for device in DEVICES],
         "flops": _flops(run, teacher),
         "cache": _cache(run, distill, mesh) if distill and distill.source == "cache" else None,
     }
 
 
-def abstract_batch(run: RunConfig, mesh: DeviceMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what a step of the run takes, targets of a teacher or their keys included."""
+def _of_the_teacher(run: RunConfig, taught: Teacher) -> dict[str, int]:
+    """What one of the teacher's own devices holds."""
+    assert run.distill
+    mesh = taught.skeleton.mesh
+    batch = abstract_batch(run, mesh, asked=True)
+    targets = Asked(run, run.distill, taught).shapes(batch)
+    placed = {
+        name: jax.ShapeDtypeStruct(targets[name].shape, targets[name].dtype, sharding=sharding)
+        for name, sharding in mesh.batch(targets).items()
+    }
+    parts = {
+        "teacher": device_bytes((taught.params, taught.router_bias)),
+        "batch": tree_bytes(batch),
+        "targets": tree_bytes(placed),
+        "teacher_gathered": gathered_bytes(taught.skeleton),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def abstract_batch(run: RunConfig, mesh: DeviceMesh, asked: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what a step of the run takes, targets of a teacher or their keys included.
+
+    `asked`: of what a teacher on devices of its own takes.
+    """
     distill = run.distill
     row = empty_batch(run.data, run.media, 1)
-    if distill and distill.source == "cache":
+    if distill and distill.source != "mesh" and not asked:
         row |= empty_targets(1, run.data.sequence_length, distill.draws or distill.top_k)
     elif distill and distill.sparse:
         row = DrawKeys(header_of(run, distill, "", {}))(row)
@@ -193,21 +220,27 @@ def _cache(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh) -> dict[str
 
 def show_plan(plan: Mapping[str, Any], file: IO[str] | None = None) -> None:
     """Prints what `plan_run` found, as `trainer.inspect.show` prints a model."""
-    out = terminal(file)
+    out, own = terminal(file), plan["teacher_devices"]
+    students = f", {plan['devices'] - own['count']:,} of them the student's" if own else ""
     out.print()
     out.print(
         Text.assemble(
-            (f"{plan['devices']:,} device{'s' if plan['devices'] > 1 else ''}", "bold"),
+            (f"{plan['devices']:,} device{'s' if plan['devices'] > 1 else ''}{students}", "bold"),
             f": {plan['mesh']}; {plan['rows']:,} rows of {plan['sequence_length']:,} tokens a step. Its whole step was traced.",
         )
     )
     out.print()
-    out.print(_table(plan))
+    out.print(_table(plan, plan["bytes_per_device"]))
+    if own:
+        out.print()
+        out.print(Text.assemble((f"{own['count']:,} are the teacher's", "bold"), f": {own['mesh']}"))
+        out.print()
+        out.print(_table(plan, own["bytes"]))
     for note in _notes(plan):
         out.print(Text(note, style="dim"))
 
 
-def _table(plan: Mapping[str, Any]) -> Table:
+def _table(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> Table:
     student, teacher = plan["precision"]["student"], plan["precision"]["teacher"]
     labels = {
         "weights": f"student: weights, {student}",
@@ -216,15 +249,16 @@ def _table(plan: Mapping[str, Any]) -> Table:
         "others": "student: counters, router biases",
         "teacher": f"teacher: weights, {teacher}",
         "batch": "batch",
-        "targets": "targets of the cache" if plan["source"] == "cache" else "keys of the teacher's draws",
+        "targets": {"cache": "targets of the cache", "devices": "targets"}.get(
+            plan["source"], "keys of the teacher's draws"
+        ),
         "gathered": f"gathered for a super-block of the student, {plan['precision']['student_computes']}",
         "teacher_gathered": f"gathered for a super-block of the teacher, {teacher}",
         "total": "together",
     }
-    sizes = plan["bytes_per_device"]
     table = number_table("a device holds", "bytes", "share")
     for name, label in labels.items():
-        if sizes[name]:
+        if sizes.get(name):
             style = "bold" if name == "total" else ""
             table.add_row(label, compact(sizes[name], "B"), percent(sizes[name] / sizes["total"]), style=style)
     return table
@@ -235,7 +269,8 @@ def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
         f"{compact(left, 'B')} ({name})" if left > 0 else f"none ({name}, which lacks {compact(-left, 'B')})"
         for name, left in (device.values() for device in plan["room"])
     )
-    yield f"Room for activations, which come on top, and for what the compiler gathers ahead: {room}. Powers of 1000."
+    where = ", on a device of the student's" if plan["teacher_devices"] else ""
+    yield f"Room for activations, which come on top, and for what the compiler gathers ahead{where}: {room}. Powers of 1000."
     flops, cache = plan["flops"], plan["cache"]
     step = compact(flops["student_step"], "FLOP")
     yield f"A step of {flops['tokens']:,} tokens, rows full of text: {step} of the student, forward and backward."
@@ -246,6 +281,12 @@ def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
         cost = f"The teacher's forward pass on it: {forward}, {flops['ratio']:.2f} times as much"
         if cache:
             yield f"{cost}. `drover teach` pays that once: {once} for {plan['steps']:,} steps."
+        elif own := plan["teacher_devices"]:
+            students = plan["devices"] - own["count"]
+            yield (
+                f"{cost}, on {own['count']:,} devices of its own. They take {flops['ratio'] * students / own['count']:.2f} "
+                f"times as long for it as the student's {students:,} for their step, at the same utilisation."
+            )
         else:
             yield f"{cost}, in every step: {share} of the run."
     elif plan["source"]:

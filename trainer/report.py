@@ -189,7 +189,8 @@ def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
         return ""
     return section(
         "Teacher",
-        f"{facts.get('teacher', 'Unknown')}. {_lessons(train, facts.get('teacher_cache'))}",
+        f"{', '.join(facts[name] for name in ('teacher', 'teacher_place') if facts.get(name)) or 'Unknown'}. "
+        f"{_lessons(train, facts.get('teacher_cache'))}",
         row(
             _curve(train, "soft", "Divergence from the teacher", _plain, "nats per predicted token", zero=True),
             _curve(train, "teacher_loss", "The teacher's own loss", _plain, "on the same tokens"),
@@ -197,6 +198,8 @@ def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
                 train, "soft_weight", "Weight of the divergence", _plain, "the next-token loss has the rest", zero=True
             ),
             _curve(train, "sampled/soft", "On what the student wrote", _plain, "divergence, nats per token", zero=True),
+            _curve(train, "time/teacher_wait", "Wait for the teacher", _percent_tick, "of the step", zero=True),
+            _curve(train, "time/teacher_mfu", "The teacher's utilisation", _percent_tick, "of its devices", zero=True),
             columns="three",
         ),
     )

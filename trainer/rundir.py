@@ -93,10 +93,10 @@ class RunDirectory:
     def differences(self, run: RunConfig) -> list[str]:
         """A line for each option in which `run` differs from what the directory was started with.
 
-        The mesh aside: a run is the same on any.
+        The meshes aside: a run is the same on any.
         """
         lines = diff(read_json(self.config, "the config of the run"), run) if self.config.exists() else []
-        return [line for line in lines if not line.startswith("mesh.")]
+        return [line for line in lines if not line.startswith(("mesh.", "distill.teacher_mesh"))]
 
     def save(self, run: RunConfig, tokenizer: Tokenizer) -> None:
         """Writes the config, and keeps the tokenizer: another Python has another standard library to train one on."""

@@ -126,7 +126,7 @@ class Skeleton:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A model that others learn from, on the same mesh with its own shardings; nothing changes it."""
+    """A model that others learn from, on its skeleton's mesh with its own shardings; nothing changes it."""
 
     skeleton: Skeleton = dataclasses.field(metadata={"static": True})
     params: Params

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,15 +12,13 @@ from data.target_writer import TargetWriter
 from model.sampled_targets import Targets
 from sharding.config import written
 from sharding.errors import UserError
-from sharding.mesh import DeviceMesh
+from trainer.asked import Asked
 from trainer.config import DistillConfig, RunConfig
-from trainer.distillation import sparse_targets
 from trainer.fingerprint import fingerprint
 from trainer.placement import place_run
 from trainer.progress import prepare_bar, work_bar
 from trainer.runtime import configure_jax
 from trainer.signals import StopRequest
-from trainer.step import Teacher
 from trainer.targets import DrawKeys, header_of
 from trainer.teacher import identity, load_teacher
 
@@ -54,7 +51,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
     weights = taught.teacher.params, taught.teacher.router_bias
     known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(weights, mesh)}
     header = header_of(run, distill, digest, known)
-    keyed, ask = DrawKeys(header), _Asked(run, distill, mesh, taught.teacher)
+    keyed, asked = DrawKeys(header), Asked(run, distill, taught.teacher)
     mine = range(part, run.steps, parts)
     began = last = counted = time.monotonic()
     with StopRequest().listening() as stop, TargetWriter(folder, header, part, parts) as writer:
@@ -68,7 +65,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
                 left = ~writer.done([segment.digest for segment in segments])
                 if left.any():
                     stop.nothing_to_save = False
-                    targets = ask(keyed(batch, segments))
+                    targets = asked.fetch(asked(asked.put(keyed(batch, segments))))
                     _check_finite(distill, n, batch, targets)
                     chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
                     records = [_record(distill, batch, targets, *segment[:3]) for segment in chosen]
@@ -91,33 +88,6 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
         if stop.requested.is_set():
             print(f"{stop.signal_name}: the same command goes on from here.")
             raise SystemExit(stop.exit_code)
-
-
-class _Asked:
-    """What the teacher says of a batch with keys, as arrays [B, S, ...] on the host."""
-
-    def __init__(self, run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, teacher: Teacher):
-        self._mesh, self._rows, self._teacher = mesh, run.data.batch_size, teacher
-        self._order = mesh.row_order(self._rows, 1)
-
-        def on_one(weights: Any, biases: Any, batch: dict[str, jax.Array]) -> Targets:
-            B, S = batch["tokens"].shape
-            found = sparse_targets(distill, teacher.skeleton.model(weights, biases), batch)
-            return jax.tree.map(lambda array: array.reshape(B, S, *array.shape[1:]), found)
-
-        def run_on(weights: Any, biases: Any, batch: dict[str, jax.Array]) -> Targets:
-            tokens = mesh.batch(["tokens"])["tokens"]
-            outputs = Targets(*[tokens] * len(Targets._fields))  # pyright: ignore[reportArgumentType]
-            inputs = (teacher.skeleton.shardings, mesh.everywhere, mesh.batch(batch))
-            return mesh.on_all(on_one, inputs, outputs)(weights, biases, batch)
-
-        self._run = jax.jit(run_on)
-
-    def __call__(self, batch: Batch) -> Targets:
-        share = {name: array[self._order] for name, array in batch.items()}
-        found = self._run(self._teacher.params, self._teacher.router_bias, self._mesh.put(share, self._rows))
-        back = np.argsort(self._order)
-        return Targets(*(np.asarray(array)[back] for array in found))  # pyright: ignore[reportArgumentType]
 
 
 def _check_finite(distill: DistillConfig, n: int, batch: Batch, targets: Targets) -> None:

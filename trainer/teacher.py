@@ -1,4 +1,4 @@
-"""The teacher of a run: another model's weights, on the run's mesh with its own shardings, frozen."""
+"""The teacher of a run: another model's weights, on a mesh with their own shardings, frozen."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from trainer.hf.config import read_model_config
 from trainer.hf.load import open_model
 from trainer.initialise import check_same_tokenizer, check_tokenizer
 from trainer.memory import check_memory, tree_bytes
-from trainer.placement import mesh_problems
+from trainer.placement import cures, mesh_problems, of_teacher
 from trainer.quantise import in_int8, to_read
 from trainer.step import Params, Skeleton, Teacher, TrainState
 
@@ -72,7 +72,7 @@ def _existing(path: Path) -> Path:
 def load_teacher(
     run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, student: TrainState | None, tokenizer_digest: str
 ) -> LoadedTeacher:
-    """The teacher that `distill` names. `student`: shapes of the state that has to be in memory beside it, if any.
+    """The teacher that `distill` names, on the mesh. `student`: shapes of the state of the run that learns from it, if any.
 
     Raises:
         UserError: nothing there; another tokenizer; a model whose tokens, tiles or windows of sound are not the student's,
@@ -82,7 +82,7 @@ def load_teacher(
 
     def prepared(model: ModelConfig, as_stored: Callable[[Params], Params]) -> tuple[Skeleton, Params]:
         """The teacher without its weights, and the shapes in which to read them."""
-        skeleton = teacher_skeleton(run, distill, mesh, model)
+        skeleton = teacher_skeleton(run, distill, mesh, model, student is not None and distill.source == "devices")
         kept, read = skeleton.abstract_weights, skeleton.abstract_weights[0]
         beside: list[Any] = []  # what there is for a time beside what is kept
         if skeleton.storage != AS_THEY_ARE:
@@ -113,7 +113,7 @@ def load_teacher(
         params, router_bias = checkpoints.restore_weights(step, read, biases)
     note = "" if known else "; its tokenizer is unknown"
     if router_bias is None:  # an imported model has none
-        router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), biases)
+        router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), biases)
     teacher = Teacher(skeleton, params, router_bias)
     return LoadedTeacher(teacher, skeleton.config, f"{folder.parent}, step {step}{note}")
 
@@ -129,8 +129,10 @@ def known_model(teacher: str) -> ModelConfig | None:
     return Checkpoints(folder).run(step).model
 
 
-def teacher_skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig) -> Skeleton:
-    """The teacher without its weights, in the precision in which it computes, and as it is kept.
+def teacher_skeleton(
+    run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, model: ModelConfig, apart: bool = False
+) -> Skeleton:
+    """The teacher without its weights, in the precision in which it computes, and as it is kept; `apart`: on its own devices.
 
     Raises:
         UserError: it cannot read the student's batches, or cannot be kept so on the mesh.
@@ -146,12 +148,13 @@ def teacher_skeleton(run: RunConfig, distill: DistillConfig, mesh: DeviceMesh, m
         expert_kernel=run.model.expert_kernel,
         capacity_factor=0.0,
     )
-    problems += [
-        f"{problem} on the mesh {written(mesh.sizes)}"
-        for problem in mesh_problems(dataclasses.replace(run, model=model), mesh.sizes)
-    ]
+    placed = dataclasses.replace(of_teacher(run) if apart else run, model=model)
+    local = mesh.count // jax.process_count() if apart else None
+    misfits = mesh_problems(placed, mesh.sizes, local)
+    problems += [f"{problem} on the mesh {written(mesh.sizes)}" for problem in misfits]
     problems += storage_problems(storage, mesh.sizes, mesh.platform)
-    check_can_teach(distill, problems)
+    cure = f" distill.teacher_mesh: {cures(placed, mesh.count, mesh.sizes, local)}" if apart and misfits else ""
+    check_can_teach(distill, problems, cure)
     return Skeleton(model, mesh, storage)
 
 
@@ -173,12 +176,13 @@ def storage_problems(storage: Storage, sizes: Mapping[str, int], platform: str) 
     return problems
 
 
-def check_can_teach(distill: DistillConfig, problems: list[str]) -> None:
+def check_can_teach(distill: DistillConfig, problems: list[str], cure: str = "") -> None:
     """Refuses the teacher for these reasons, if there are any."""
     if problems:
         raise UserError(
             f"distill.teacher: {distill.teacher} cannot teach this run: {'; '.join(problems)}. A teacher may differ in depth, "
             "width, experts and the sizes of its encoders, but it reads the same tokens, tiles and windows of sound."
+            + cure
         )
 
 

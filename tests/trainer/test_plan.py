@@ -28,7 +28,7 @@ from trainer.flops import flops_per_token, parameter_counts
 from trainer.hf.config import read_model_config
 from trainer.initialise import abstract_state
 from trainer.memory import tree_bytes
-from trainer.placement import place_run, planned_mesh
+from trainer.placement import place_run, place_student_and_teacher, planned_mesh
 from trainer.plan import abstract_batch, gathered_bytes, plan_run, show_plan, trace
 from trainer.sections import resolve
 from trainer.step import Skeleton, Teacher
@@ -323,3 +323,31 @@ def test_the_command_prints_the_plan_of_any_run(
     given = ("--config.distill={}", "--config.distill.teacher=nowhere", "--teacher-config", "tests/nano.py", "--json")
     assert cli.main([*arguments, *given]) == 0
     assert json.loads(capsys.readouterr().out)["plan"] == ["nowhere", 4, 2]
+
+
+def test_a_teacher_on_devices_of_its_own_is_counted_there() -> None:
+    run = small(source="devices", teacher_mesh=MeshConfig(fsdp=4))
+    run = dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2))
+    found = plan_run(run, 8, teacher_of(run))
+    ours, theirs = place_student_and_teacher(run, jax.devices())
+    student = found["bytes_per_device"]
+    assert student["weights"] == tree_bytes(abstract_state(run, Skeleton(run.model, ours)).params)
+    assert student["teacher"] == student["teacher_gathered"] == 0
+    tokens = 2 * run.data.sequence_length  # of a device, on either mesh
+    assert student["targets"] == tokens * (4 * 8 + 9)
+    own = found["teacher_devices"]
+    skeleton = teacher_skeleton(run, distill_of(run), theirs, teacher_of(run), apart=True)
+    assert own["count"] == 4 and own["bytes"]["teacher"] == tree_bytes(skeleton.abstract_weights)
+    assert own["bytes"]["batch"] == student["batch"] + tokens * 8  # the keys of the draws
+    assert own["bytes"]["targets"] == student["targets"]
+    assert own["bytes"]["teacher_gathered"] == gathered_bytes(skeleton) > 0
+    text = words(found)
+    assert "8 devices, 4 of them the student's: data=2, fsdp=2" in text and "4 are the teacher's: fsdp=4" in text
+    ratio = found["flops"]["ratio"]
+    found["teacher_devices"]["count"] = 2
+    assert f"on 2 devices of its own. They take {3 * ratio:.2f} times as long" in words(found)
+    assert "in every step" not in text
+    with pytest.raises(
+        UserError, match=r"does not make 3 devices, those that distill.teacher_mesh .fsdp=4. leaves of 7"
+    ):
+        plan_run(run, 7, teacher_of(run))

@@ -155,14 +155,14 @@ def test_a_mesh_keeps_what_one_device_does(
     teacher: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what it took counts on each of its devices."""
-    clock, ask = itertools.count(100), trainer.teach._Asked.__call__
+    clock, ask = itertools.count(100), trainer.teach.Asked.__call__
     hours = [next(clock)]
 
     def asked(self: Any, batch: Any) -> Any:
         hours.append(next(clock))
         return ask(self, batch)
 
-    monkeypatch.setattr(trainer.teach._Asked, "__call__", asked)
+    monkeypatch.setattr(trainer.teach.Asked, "__call__", asked)
     monkeypatch.setattr(trainer.teach, "time", SimpleNamespace(monotonic=lambda: 3600.0 * hours[-1]))
     run = load_run(str(ROOT / "tests" / "nano.py"), {})
     distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=12)
