@@ -13,14 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-TPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TF_CPP_MIN_LOG_LEVEL": "1",
-}
+from benchmarks.topology import ENVIRONMENT
+
 MESHES: tuple[dict[str, int], ...] = ({}, {"fsdp": 2, "expert": 2, "tensor": 2})
 ROWS, LENGTH = 8, 256
 
@@ -31,7 +25,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4, help="held-out batches (default: %(default)s)")
     parser.add_argument("--topology", help="of TPUs, as libtpu names it")
     options = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu"} | (TPU if options.topology else {})
+    os.environ |= ENVIRONMENT if options.topology else {"JAX_PLATFORMS": "cpu"}
     if options.run:
         closeness(options.run, options.batches)
     if options.topology:
