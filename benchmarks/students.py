@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 DRAWS = 12
 PLOT = Path("docs/students.svg")
 
