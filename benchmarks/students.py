@@ -3,7 +3,7 @@
     python -m benchmarks.students [--runs runs/students] [--seeds 3] [--steps 400]
 
 Trains the teacher (configs/tiny_behemoth.py) once, then for every seed, from the same weights and with the same batches,
-configs/tiny_distill.py in four ways: without a teacher, at each of three learning rates, of which the best by held-out loss
+configs/tiny_distill.py in four ways: without a teacher, at each of four learning rates, of which the best by held-out loss
 is the control; without one for as many more steps as the teacher's forward passes would have paid for; with the teacher
 beside it; and with its draws from a cache, which `drover teach` fills first. Prints the table of docs/DISTILLATION.md and
 writes the plot beside it, docs/students.svg. What is finished in `--runs` is not done again.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (2e-3, 3e-3, 4e-3, 8e-3)
 DRAWS = 12
 PLOT = Path("docs/students.svg")
 
