@@ -26,33 +26,34 @@ from model.config import ModelConfig, VisionConfig
 from trainer.config import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig, RunConfig
 from trainer.sections import to_config_dict
 
+# A patch of 12 pixels and a shuffle of 2 make each quarter of the picture one token, as the scenes are laid out.
+VISION = VisionConfig(
+    image_size=48, patch_size=12, hidden_size=128, num_layers=3, num_heads=4, ffn_size=512, adapter_size=256
+)
+MODEL = ModelConfig(
+    vocab_size=1024,
+    hidden_size=192,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    dense_ffn_size=768,
+    expert_ffn_size=384,
+    num_experts=8,
+    chunk_size=128,
+    rope_theta=10000.0,
+    temperature_floor=128.0,
+    init_std=0.0,
+    vision=VISION,
+)
+
 
 def get_config() -> ConfigDict:
-    # A patch of 12 pixels and a shuffle of 2 make each quarter of the picture one token, as the scenes are laid out.
-    vision = VisionConfig(
-        image_size=48, patch_size=12, hidden_size=128, num_layers=3, num_heads=4, ffn_size=512, adapter_size=256
-    )
-    model = ModelConfig(
-        vocab_size=1024,
-        hidden_size=192,
-        num_layers=4,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=32,
-        dense_ffn_size=768,
-        expert_ffn_size=384,
-        num_experts=8,
-        chunk_size=128,
-        rope_theta=10000.0,
-        temperature_floor=128.0,
-        init_std=0.0,
-        vision=vision,
-    )
     return to_config_dict(
         RunConfig(
             name="tiny",
             steps=1400,
-            model=model,
+            model=MODEL,
             data=DataConfig(
                 mixture={"text": 0.2, "scenes": 0.8}, sequence_length=512, batch_size=4, tokenizer_size=1024
             ),

@@ -17,43 +17,26 @@ Motion is learned all of a sudden, between steps 300 and 500: in a run with the 
 became few, and stayed at chance (17 %); digits were all right there, too.
 """
 
+from dataclasses import replace
+
 from ml_collections import ConfigDict
 
+from configs.tiny import MODEL
 from data.config import DataConfig
-from model.config import AudioConfig, ModelConfig, VisionConfig
+from model.config import AudioConfig
 from trainer.config import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig, RunConfig
 from trainer.sections import to_config_dict
 
+# One window of 1.28 s, 16 tokens, holds a sound whole.
+AUDIO = AudioConfig(mel_bins=48, window_frames=128, hidden_size=96, num_layers=2, num_heads=4, ffn_size=384)
+
 
 def get_config() -> ConfigDict:
-    # A patch of 12 pixels and a shuffle of 2 make each quarter of the picture one token, as the scenes are laid out.
-    vision = VisionConfig(
-        image_size=48, patch_size=12, hidden_size=128, num_layers=3, num_heads=4, ffn_size=512, adapter_size=256
-    )
-    # One window of 1.28 s, 16 tokens, holds a sound whole.
-    audio = AudioConfig(mel_bins=48, window_frames=128, hidden_size=96, num_layers=2, num_heads=4, ffn_size=384)
-    model = ModelConfig(
-        vocab_size=1024,
-        hidden_size=192,
-        num_layers=4,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=32,
-        dense_ffn_size=768,
-        expert_ffn_size=384,
-        num_experts=8,
-        chunk_size=128,
-        rope_theta=10000.0,
-        temperature_floor=128.0,
-        init_std=0.0,
-        vision=vision,
-        audio=audio,
-    )
     return to_config_dict(
         RunConfig(
             name="tiny_av",
             steps=1100,
-            model=model,
+            model=replace(MODEL, audio=AUDIO),
             data=DataConfig(
                 # Clips first: where things are is learned sooner from many of them in every batch than from a few.
                 mixture={"text": 0.05, "scenes": 0.05, "clips": 0.8, "tones": 0.1},

@@ -10,39 +10,33 @@ Or the teacher speaks once, and is remembered:
         --config.distill.source=cache --config.distill.cache=runs/targets
 """
 
+from dataclasses import replace
+
 from ml_collections import ConfigDict
 
+from configs import tiny
 from configs.tiny_behemoth import DATA
-from model.config import ModelConfig, VisionConfig
 from trainer.config import CheckpointConfig, DistillConfig, EvalConfig, LogConfig, OptimizerConfig, RunConfig
 from trainer.sections import to_config_dict
 
+MODEL = replace(
+    tiny.MODEL,
+    hidden_size=96,
+    num_heads=4,
+    head_dim=24,
+    dense_ffn_size=384,
+    expert_ffn_size=192,
+    num_experts=4,
+    vision=replace(tiny.VISION, hidden_size=64, num_layers=2, num_heads=2, ffn_size=256, adapter_size=128),
+)
+
 
 def get_config() -> ConfigDict:
-    vision = VisionConfig(
-        image_size=48, patch_size=12, hidden_size=64, num_layers=2, num_heads=2, ffn_size=256, adapter_size=128
-    )
-    model = ModelConfig(
-        vocab_size=1024,
-        hidden_size=96,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=24,
-        dense_ffn_size=384,
-        expert_ffn_size=192,
-        num_experts=4,
-        chunk_size=128,
-        rope_theta=10000.0,
-        temperature_floor=128.0,
-        init_std=0.0,
-        vision=vision,
-    )
     return to_config_dict(
         RunConfig(
             name="tiny_distill",
             steps=400,
-            model=model,
+            model=MODEL,
             data=DATA,
             # At first the teacher shows more than the next token does; in the end the truth is sharper than the teacher.
             distill=DistillConfig(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from model.distillation import Distilled, distillation_losses
 from model.sampled_targets import Recipe, Targets, draw_targets, sparse_losses
 from model.transformer import Batch, Transformer
-from trainer.config import DistillConfig, ObjectiveConfig
-from trainer.objective import SAMPLED, Extras, Objective, TokenLosses, token_objective
+from trainer.config import DistillConfig, ObjectiveConfig, RunConfig
+from trainer.objective import SAMPLED, Extras, Objective, TokenLosses, next_token_objective, token_objective
 
 KEYS = "soft_keys"
 """Of a batch: the random key of each token's draws, uint32 [B, S, 2]."""
@@ -36,6 +36,13 @@ class CachedTargets(NamedTuple):
 def recipe_of(distill: DistillConfig) -> Recipe:
     """How sparse targets are made."""
     return Recipe(distill.draws, distill.temperature, distill.proposal, distill.top_k)
+
+
+def objective_of(run: RunConfig, num_sources: int) -> Objective:
+    """What a run minimises."""
+    if run.distill:
+        return distillation_objective(run.objective, run.distill, num_sources)
+    return next_token_objective(run.objective, num_sources)
 
 
 def distillation_objective(config: ObjectiveConfig, distill: DistillConfig, num_sources: int) -> Objective:

@@ -29,7 +29,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
 from trainer.console import Console
 from trainer.decode import Decoder
-from trainer.distillation import distillation_objective
+from trainer.distillation import objective_of
 from trainer.evaluate import HeldOut, question_scores
 from trainer.feeder import Fed, Feeder
 from trainer.flops import flops_per_token, parameter_counts
@@ -163,13 +163,7 @@ class Run:
         self.state, origin = initialise(
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
-        self.taught = self.asked = None
-        if run.distill and run.distill.source != "cache":
-            self.taught = load_teacher(run, run.distill, teacher_mesh, state_shapes, self.dataset.tokenizer.digest)
-            if self.apart:
-                self.asked = Asked(run, run.distill, self.taught.teacher)
-            if run.distill.on_policy:
-                self.rollout = Rollout(run, run.distill, mesh, self.dataset.tokenizer.special.values())
+        self._load_teacher(state_shapes)
         check_same("config, data or tokenizer", f"{to_plain(run)} {self._data_facts()} {start}")
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
@@ -179,13 +173,11 @@ class Run:
             for asked in (False, True)
         }
         sources = len(self.dataset.source_names)
-        next_token = objective = next_token_objective(run.objective, sources)
-        if run.distill:
-            objective = distillation_objective(run.objective, run.distill, sources)
         compile_start = time.perf_counter()
         # What is held out is scored alike with a teacher and without.
         self.step_fn, eval_fn = self._compiled(
-            make_train_step(run, skeleton, objective), make_eval_step(skeleton, next_token)
+            make_train_step(run, skeleton, objective_of(run, sources)),
+            make_eval_step(skeleton, next_token_objective(run.objective, sources)),
         )
         self.compile_s = time.perf_counter() - compile_start
         self.feeder = feeder
@@ -207,6 +199,17 @@ class Run:
         if self.leader:
             self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
             stack.enter_context(self.logger)
+
+    def _load_teacher(self, state: TrainState) -> None:
+        """The teacher that computes in this run, and what asks it or writes for it. `state`: shapes of the student's."""
+        run, distill, tokenizer = self.run, self.run.distill, self.dataset.tokenizer
+        self.taught = self.asked = None
+        if distill and distill.source != "cache":
+            self.taught = load_teacher(run, distill, self.teacher_mesh, state, tokenizer.digest)
+            if self.apart:
+                self.asked = Asked(run, distill, self.taught.teacher)
+            if distill.on_policy:
+                self.rollout = Rollout(run, distill, self.mesh, tokenizer.special.values())
 
     def _lessons(self, stack: contextlib.ExitStack) -> Callable[[Batch], Batch]:
         """What gives batches the targets of a teacher, or what it needs for them."""

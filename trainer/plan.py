@@ -24,12 +24,12 @@ from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
 from trainer.asked import Asked
 from trainer.config import DistillConfig, RunConfig
-from trainer.distillation import distillation_objective
+from trainer.distillation import objective_of
 from trainer.flops import flops_per_token
 from trainer.initialise import abstract_state
 from trainer.inspect import DEVICES, number_table, terminal
 from trainer.memory import device_bytes, tree_bytes
-from trainer.objective import metrics, next_token_objective
+from trainer.objective import metrics
 from trainer.placement import planned_student_and_teacher
 from trainer.report_text import compact, percent
 from trainer.step import Skeleton, Teacher, make_train_step
@@ -143,10 +143,7 @@ def abstract_batch(run: RunConfig, mesh: DeviceMesh, asked: bool = False) -> dic
 def trace(run: RunConfig, skeleton: Skeleton, state: Any, batch: Any, teacher: Teacher | None) -> Any:
     """Shapes of the state and of the metrics after a step."""
     sources = names(run.data)
-    objective = next_token_objective(run.objective, len(sources))
-    if run.distill:
-        objective = distillation_objective(run.objective, run.distill, len(sources))
-    step = make_train_step(run, skeleton, objective)
+    step = make_train_step(run, skeleton, objective_of(run, len(sources)))
 
     def whole(state: Any, batch: Any, teacher: Teacher | None) -> Any:
         state, sums = step(state, batch, teacher)

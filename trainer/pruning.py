@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from model.config import LayerKind, ModelConfig
 from sharding.errors import UserError
-from trainer.hf.load import properties
+from trainer.hf.load import differing_properties
 
 _DEPTH = ("num_layers", "moe_layers", "nope_layers")
 
@@ -27,12 +27,7 @@ def kept_blocks(source: ModelConfig, student: ModelConfig, keep: tuple[int, ...]
     Raises:
         UserError: the models differ in more than their depth; `keep` names too many or too few, or what is not there.
     """
-    theirs, ours = properties(source), properties(student)
-    differing = [
-        f"model.{name}: found {ours.get(name)}, expected {theirs.get(name)}"
-        for name in sorted((theirs.keys() | ours.keys()) - set(_DEPTH))
-        if ours.get(name) != theirs.get(name)
-    ]
+    differing = differing_properties(source, student, but=_DEPTH)
     pattern, expected = student.super_block(), source.super_block()
     if pattern != expected:
         differing.append(

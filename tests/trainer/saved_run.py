@@ -23,6 +23,11 @@ def micro(**model: Any) -> RunConfig:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
 
 
+def nano(**options: Any) -> RunConfig:
+    """The nano config, with these options of the run."""
+    return dataclasses.replace(load_run(str(ROOT / "tests" / "nano.py"), {}), **options)
+
+
 def save_run(root: Path, run: RunConfig, **weights: Any) -> TrainState:
     """Writes config, tokenizer and a checkpoint with random weights but for the ones given; returns its state."""
     directory, tokenizer = RunDirectory(root), load_bytes()

@@ -15,13 +15,12 @@ from configs import behemoth, maverick_distill
 from data.target_cache import Header
 from data.target_writer import TargetWriter
 from launch import cli
-from launch.config_file import load_run
 from model.config import ModelConfig
 from sharding.config import MeshConfig
 from sharding.errors import UserError
 from tests.configs.regenerate import ROOT
 from tests.data.target_work import digest, targets
-from tests.trainer.saved_run import save_run
+from tests.trainer.saved_run import nano, save_run
 from trainer import plan
 from trainer.config import DistillConfig, RunConfig
 from trainer.flops import flops_per_token, parameter_counts
@@ -148,7 +147,7 @@ def distill_of(run: RunConfig) -> DistillConfig:
 
 def small(**distill: Any) -> RunConfig:
     """On 8 devices."""
-    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    run = nano()
     options: dict[str, Any] = {"teacher": "nowhere", "draws": 4, **distill}
     return on(dataclasses.replace(run, distill=DistillConfig(**options)), fsdp=4, expert=2)
 

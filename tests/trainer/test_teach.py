@@ -19,10 +19,9 @@ import pytest
 import trainer.teach
 from data.pipeline import build_dataset
 from data.target_cache import TargetCache, describe
-from launch.config_file import load_run
 from sharding.errors import UserError
-from tests.trainer.processes import ROOT, finish, metrics, start, wait_until
-from tests.trainer.saved_run import save_run
+from tests.trainer.processes import finish, metrics, start, wait_until
+from tests.trainer.saved_run import nano, save_run
 from trainer.config import DistillConfig
 from trainer.flops import flops_per_token
 from trainer.report_text import percent
@@ -94,7 +93,7 @@ def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
     page, spent = (tmp_path / "cached" / "report.html").read_text(), describe(cache)["device seconds"]
     assert facts["tokens"] == facts["tokens_of_known_cost"] == 6144 and round(facts["device_seconds"], 1) == spent
     assert f"100.0 % of the tokens had targets from the cache, where one takes {facts['bytes_per_token']:.1f}" in page
-    model = load_run(str(ROOT / "tests" / "nano.py"), {}).model
+    model = nano().model
     student, teachers = (flops_per_token(dataclasses.replace(model, hidden_size=size), 128) for size in (16, 32))
     own = teachers.forward / (teachers.forward + student.training)
     for record in (record for record in metrics(tmp_path / "beside") if record["kind"] == "train"):
@@ -164,7 +163,7 @@ def test_a_mesh_keeps_what_one_device_does(
 
     monkeypatch.setattr(trainer.teach.Asked, "__call__", asked)
     monkeypatch.setattr(trainer.teach, "time", SimpleNamespace(monotonic=lambda: 3600.0 * hours[-1]))
-    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    run = nano()
     distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=12)
     teach(dataclasses.replace(run, distill=distill), tmp_path)  # on all devices here
     assert jax.device_count() == 8
@@ -203,7 +202,7 @@ def test_segments_that_are_missing_end_the_run_or_are_learned_hard_and_counted(t
     ({"cache": "/nowhere"}, "/nowhere: found no header.json, expected a cache of targets"),
 ])  # fmt: skip
 def test_a_cache_of_other_targets_is_refused(change: dict[str, Any], words: str, cache: Path) -> None:
-    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    run = nano()
     distill = DistillConfig(source="cache", cache=str(cache), draws=12)
     tokenizer = TargetCache(cache).header.tokenizer
     CachedSource(run, distill, tokenizer).close()
@@ -217,7 +216,7 @@ def test_a_cache_of_other_targets_is_refused(change: dict[str, Any], words: str,
 
 
 def test_a_cache_of_another_teacher_is_refused(teacher: Path, cache: Path, tmp_path: Path) -> None:
-    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    run = nano()
     distill = DistillConfig(source="cache", cache=str(cache), draws=12, teacher=str(teacher))
     tokenizer = TargetCache(cache).header.tokenizer
     moved = tmp_path / "moved"
@@ -249,7 +248,7 @@ def test_a_hugging_face_teacher_is_named_by_its_config_and_weights(tmp_path: Pat
 
 
 def test_a_teacher_that_says_what_is_no_number_keeps_nothing(tmp_path: Path) -> None:
-    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    run = nano()
     save_run(tmp_path / "teacher", run, final_norm=np.full(run.model.hidden_size, np.nan, np.float32))
     distill = DistillConfig(teacher=str(tmp_path / "teacher"), teacher_dtype="float32", draws=12)
     with pytest.raises(UserError, match=r"gives no finite distribution for .* of batch 0, first in row 0 at 0\."):
@@ -258,7 +257,7 @@ def test_a_teacher_that_says_what_is_no_number_keeps_nothing(tmp_path: Path) -> 
 
 
 def test_teach_refuses_what_it_cannot_keep(teacher: Path, cache: Path, tmp_path: Path) -> None:
-    run = load_run(str(ROOT / "tests" / "nano.py"), {})
+    run = nano()
     for distill in (None, DistillConfig(teacher=str(teacher)), DistillConfig(draws=12)):
         with pytest.raises(UserError, match="expected a teacher, and draws"):
             teach(dataclasses.replace(run, distill=distill), tmp_path)

@@ -103,13 +103,7 @@ def open_model(directory: Path, expected: ModelConfig | None = None) -> HfModel:
 
 
 def _check_same(found: ModelConfig, expected: ModelConfig, path: Path) -> None:
-    theirs, ours = properties(found), properties(expected)
-    differences = [
-        f"model.{name}: found {ours.get(name)}, expected {theirs.get(name)}"
-        for name in sorted(theirs.keys() | ours.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if differences:
+    if differences := differing_properties(found, expected):
         raise UserError(
             f"The config describes another model than {path}:\n  "
             + "\n  ".join(differences)
@@ -117,7 +111,17 @@ def _check_same(found: ModelConfig, expected: ModelConfig, path: Path) -> None:
         )
 
 
-def properties(model: ModelConfig) -> dict[str, Any]:
+def differing_properties(source: ModelConfig, model: ModelConfig, but: tuple[str, ...] = ()) -> list[str]:
+    """Where a model computes otherwise than the one whose weights it takes, a line each, some properties aside."""
+    theirs, ours = _properties(source), _properties(model)
+    return [
+        f"model.{name}: found {ours.get(name)}, expected {theirs.get(name)}"
+        for name in sorted((theirs.keys() | ours.keys()) - set(but))
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _properties(model: ModelConfig) -> dict[str, Any]:
     """What decides the computation, flat: the option's name and its value."""
     values = asdict(model)
     encoders = {name: values.pop(name) or {} for name in ("vision", "audio")}
@@ -133,4 +137,4 @@ def properties(model: ModelConfig) -> dict[str, Any]:
 
 def same_model(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configs compute the same from the same weights, precision and speed aside."""
-    return properties(one) == properties(other)
+    return _properties(one) == _properties(other)
