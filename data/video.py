@@ -6,6 +6,7 @@ shown; a frame begins at its time rounded down. This use of video is Drover's ow
 
 import contextlib
 import io
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -83,34 +84,40 @@ def sample_times(duration_ms: int, spec: VideoSpec) -> list[int]:
     return times
 
 
-def read_frames(data: bytes, times_ms: Sequence[int], name: str) -> list[Image.Image]:
-    """The frame shown at each of these times: the last one that begins at or before it.
+def read_frames(data: bytes, times_ms: Sequence[int], name: str) -> Iterator[Image.Image]:
+    """The frame shown at each of these times: the last one that begins at or before it. One picture is held at a time,
+    since a few of the largest would fill a machine.
 
     Decodes from the beginning up to the latest time. A time past the end has the last frame.
 
-    Returns:
+    Args:
+        data: the content of a video file.
+        times_ms: in the order of time.
+        name: what a message calls it.
+
+    Yields:
         RGB pictures, upright, of the clip's size; transparency shows white. Frames of high dynamic range are not
         tone-mapped, pixels are taken as square.
 
     Raises:
         UserError: as `probe_video`.
     """
+    assert list(times_ms) == sorted(times_ms)
     with _refusals(name):
-        waiting = deque(sorted(set(times_ms)))
-        pictures: dict[int, Image.Image] = {}
+        waiting = deque(times_ms)
         last = None
         for frame, start, _ in _shown(data, name) if waiting else ():
             begin = math.floor(start * 1000)
             if last is not None and waiting[0] < begin:
                 picture = _picture(last)
                 while waiting and waiting[0] < begin:
-                    pictures[waiting.popleft()] = picture
+                    waiting.popleft()
+                    yield picture
                 if not waiting:
-                    break
+                    return
             last = frame
-        if waiting and last is not None:
-            pictures |= dict.fromkeys(waiting, _picture(last))
-        return [pictures[time] for time in times_ms]
+        if last is not None:
+            yield from itertools.repeat(_picture(last), len(waiting))
 
 
 @contextlib.contextmanager

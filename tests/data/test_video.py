@@ -4,6 +4,7 @@ import io
 import itertools
 import re
 import struct
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def frames_at(data: bytes, times: list[int]) -> list[int]:
 
 def refusal(data: bytes) -> str:
     messages = []
-    for read in (video.probe_video, lambda data, name: video.read_frames(data, [0, 10**9], name)):
+    for read in (video.probe_video, lambda data, name: list(video.read_frames(data, [0, 10**9], name))):
         with pytest.raises(UserError) as raised:
             read(data, "here/clip.bin")
         messages.append(str(raised.value))
@@ -105,10 +106,26 @@ def test_every_kind_gives_every_frame_at_its_time(kind):
     assert frames_at(data, times) == [0, 0, 0, 1, 1, 2, 2, 5, 6, 10, 11, 11, 11, 11]
 
 
-def test_times_come_back_in_the_order_in_which_they_were_asked():
+def test_a_time_may_be_asked_for_twice():
     data = clip()
-    assert frames_at(data, [400, 0, 0, 120, 400]) == [10, 0, 0, 3, 10]
-    assert video.read_frames(data, [], "clip") == []
+    assert frames_at(data, [0, 0, 120, 400, 400]) == [0, 0, 3, 10, 10]
+    assert frames_at(data, []) == []
+
+
+def test_a_picture_is_made_when_it_is_asked_for_and_held_by_nobody_after(monkeypatch):
+    made: list[weakref.ref[Image.Image]] = []
+    original = video._picture
+
+    def picture(frame):
+        found = original(frame)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(video, "_picture", picture)
+    for shown in video.read_frames(clip(), [0, 40, 80, 120, 160], "clip"):
+        del shown
+        assert sum(one() is not None for one in made) <= 1
+    assert len(made) == 5
 
 
 def test_no_more_is_decoded_than_the_latest_time_needs(monkeypatch):
@@ -181,7 +198,7 @@ def test_frames_are_turned_upright(turn):
     (a, b, c, d), turned = TURNS[turn]
     plain = clip()
     data = clip(matrix=[a, b, 0, c, d, 0, 0, 0, 2**30])
-    expected = turned(np.asarray(video.read_frames(plain, [0], "clip")[0]))
+    expected = turned(np.asarray(next(video.read_frames(plain, [0], "clip"))))
     (picture,) = video.read_frames(data, [0], "clip")
     np.testing.assert_array_equal(np.asarray(picture), expected)
     facts = video.probe_video(data, "clip")
@@ -435,7 +452,7 @@ def test_no_damage_gets_past_the_user_error(seed, kind):
     try:
         facts = video.probe_video(content, "clip.bin")
         times = video.sample_times(facts.duration_ms, VideoSpec(10, 20))
-        pictures = video.read_frames(content, times, "clip.bin")
+        pictures = list(video.read_frames(content, times, "clip.bin"))
     except UserError as error:
         assert str(error).startswith("video clip.bin: ")
     else:
