@@ -77,7 +77,7 @@ def closeness(path: Path, batches: int) -> None:
     print(f"{'kept in':>8} {'weights':>10} {'KL from float32':>16} {'next-token loss':>16}   nats per predicted token")
     for dtype in ("float32", "bfloat16", "int8"):
         teacher = kept(dtype)
-        sums = sum(np.array(program(teacher, exact, dataset.batch(n)), np.float64) for n in range(batches))
+        sums = np.array([program(teacher, exact, dataset.batch(n)) for n in range(batches)], np.float64).sum(axis=0)
         divergence, loss = sums[:2] / sums[2]
         print(f"{dtype:>8} {tree_bytes(teacher.params):>10,} {divergence:>16.2e} {loss:>16.4f}", flush=True)
 
@@ -110,7 +110,7 @@ def memory(topology_name: str) -> None:
         chunk_size=128,
         vision=None,
         dtype="bfloat16",
-        param_dtype="bfloat16",
+        param_dtype="bfloat16",  # pyright: ignore[reportArgumentType]  # as a frozen teacher is kept
         remat="none",
     )
     print(f"compiled for {topology.devices[0].device_kind}; KiB of a chip\n")
@@ -129,6 +129,7 @@ def memory(topology_name: str) -> None:
             inputs = (skeleton.shardings, mesh.everywhere, homes)
             run = jax.jit(mesh.on_all(on_one, inputs, homes["tokens"]))
             needs = run.lower(*skeleton.abstract_weights, batch).compile().memory_analysis()
+            assert needs
             kept = " ".join(["int8" if storage.int8 else "bfloat16", *(["host"] if storage.host else [])])
             on_host = needs.host_argument_size_in_bytes + needs.host_temp_size_in_bytes
             print(
