@@ -19,6 +19,8 @@ NVIDIA_FLAGS = {
 }
 """Of XLA, where there is an NVIDIA GPU."""
 
+DEVICES = Path("/dev")
+
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
@@ -35,7 +37,7 @@ def prepare(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if not has_accelerator():
         keep_freed_memory()
-    elif Path("/dev/nvidia0").exists():
+    elif nvidia_gpus():
         os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), NVIDIA_FLAGS)
     if not verbose:
         _quieten()
@@ -46,7 +48,19 @@ def has_accelerator() -> bool:
     chosen = os.environ.get("JAX_PLATFORMS", "")
     if chosen:
         return chosen != "cpu"
-    return any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+    others = (path for name in ("kfd", "accel[0-9]*", "vfio/[0-9]*") for path in DEVICES.glob(name))
+    return bool(nvidia_gpus()) or any(others)
+
+
+def nvidia_gpus() -> list[Path]:
+    """Device files of the NVIDIA GPUs of this host or container, which may lack the first ones of the host."""
+    return sorted(DEVICES.glob("nvidia[0-9]*"))
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+    """How many NVIDIA GPUs CUDA has here."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    return len(nvidia_gpus()) if chosen is None else len(list(filter(None, chosen.split(","))))
 
 
 def with_flags(given: str, flags: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.environment import NVIDIA_FLAGS, with_flags
+from launch.environment import NVIDIA_FLAGS, visible_gpus, with_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,37 @@ def test_flags_of_the_compiler_are_added_but_never_changed():
     assert with_flags("", NVIDIA_FLAGS) == f"--{name}=true"
     assert with_flags("--xla_a=1 --xla_b", NVIDIA_FLAGS) == f"--xla_a=1 --xla_b --{name}=true"
     assert with_flags(f"--{name}=false", NVIDIA_FLAGS) == f"--{name}=false"
+
+
+PREPARED = """
+import os, sys
+from pathlib import Path
+from launch import environment
+environment.DEVICES = Path(sys.argv[1])
+environment.prepare(verbose=False)
+print(os.environ.get("XLA_FLAGS"))
+"""
+
+
+@pytest.mark.parametrize("device", ["nvidia0", "nvidia5", "nvidiactl", "nothing"])
+def test_the_flags_are_set_where_there_is_a_gpu_whatever_its_number(device, tmp_path):
+    (tmp_path / device).touch()
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"} | {
+        "XLA_FLAGS": "--a=1"
+    }
+    command = [sys.executable, "-c", PREPARED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    gpu = device.removeprefix("nvidia").isdigit()
+    assert done.stdout.strip() == (with_flags("--a=1", NVIDIA_FLAGS) if gpu else "--a=1")
+
+
+def test_gpus_are_those_that_cuda_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.environment.DEVICES", tmp_path)
+    for name in ("nvidia3", "nvidia11", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}) == 2
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,2,5"}) == 3
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
 
 
 def test_the_compiler_knows_the_flags():
