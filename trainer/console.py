@@ -69,7 +69,7 @@ class Console:
             live.stop()
 
     def banner(self) -> None:
-        """What is about to run, on what, and how its utilisation is computed."""
+        """What is about to run, on what, and how its utilisation is computed: all that is known before the compilation."""
         facts, mixture = self._facts, self._run.data.mixture
         total = sum(mixture.values())
         data = ", ".join(f"{percent(weight / total, 0)} {name}" for name, weight in sorted(mixture.items()) if weight)
@@ -87,10 +87,6 @@ class Console:
             )
         lines["data"] = f"{data}; digest {facts['data_digest']}" if "data_digest" in facts else data
         lines["starts from"] = facts.get("initialised_from")
-        if "time_to_first_step_s" in facts:
-            lines["first step"] = (
-                f"after {duration(facts['time_to_first_step_s'])}, {duration(facts['compile_s'])} of it compiling"
-            )
         if "peak_flops" in facts:
             lines["peak"] = f"{compact(facts['peak_flops'], 'FLOP/s')} ({facts['peak_source']})"
         lines["utilisation"] = facts.get("mfu_formula")

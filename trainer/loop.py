@@ -41,6 +41,7 @@ from trainer.placement import memory_line, place_student_and_teacher
 from trainer.processes import anyone_says, check_same, is_leader, leader_says
 from trainer.progress import prepare_bar
 from trainer.report import write_report
+from trainer.report_text import duration
 from trainer.rollout import Rollout, without_empty_means
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
@@ -172,6 +173,17 @@ class Run:
             asked: jax.make_array_from_process_local_data(mesh.each, np.full(len(mesh.local), asked, np.int32))
             for asked in (False, True)
         }
+        held_out = build_dataset(run.data, run.media, "heldout", journal=self.journal)
+        self.notes = list(dict.fromkeys(self.dataset.notes + held_out.notes))
+        self.flops = flops_per_token(run.model, run.data.sequence_length)
+        self.teacher_flops = self.taught and flops_per_token(self.taught.model, run.data.sequence_length)
+        self.facts = self._facts(origin)
+        shown = None if self.leader else stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115
+        self.console = Console(run, self.directory.root, self.facts, file=shown)
+        # Before the compilation: a run may end there, or in its first step, for want of memory.
+        self.console.banner()
+        for note in self.notes:
+            self.console.message(note)
         sources = len(self.dataset.source_names)
         compile_start = time.perf_counter()
         # What is held out is scored alike with a teacher and without.
@@ -179,21 +191,13 @@ class Run:
             make_train_step(run, skeleton, objective_of(run, sources)),
             make_eval_step(skeleton, next_token_objective(run.objective, sources)),
         )
-        self.compile_s = time.perf_counter() - compile_start
+        self.facts["compile_s"] = time.perf_counter() - compile_start
         self.feeder = feeder
         if self.asked:
             self.feeder = AskedAhead(feeder, self.asked, lambda share: mesh.put(share, rows), run.steps - start)
-        held_out = build_dataset(run.data, run.media, "heldout", journal=self.journal)
         self.held_out = HeldOut(
             held_out, eval_fn, lambda batch: mesh.put({k: a[self.share] for k, a in batch.items()}, rows)
         )
-        self.notes = list(dict.fromkeys(self.dataset.notes + held_out.notes))
-
-        self.flops = flops_per_token(run.model, run.data.sequence_length)
-        self.teacher_flops = self.taught and flops_per_token(self.taught.model, run.data.sequence_length)
-        self.facts = self._facts(origin)
-        shown = None if self.leader else stack.enter_context(Path(os.devnull).open("w"))  # noqa: SIM115
-        self.console = Console(run, self.directory.root, self.facts, file=shown)
         stack.enter_context(self.console)
         self.logger: Logger = NoLogger()
         if self.leader:
@@ -284,7 +288,6 @@ class Run:
             "teacher_parameters": self.taught and parameter_counts(self.taught.model).total,
             "teacher_flops_per_token": self.teacher_flops and self.teacher_flops.forward,
             "teacher_place": self.taught and self._teacher_place(self.taught.teacher),
-            "compile_s": self.compile_s,
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -336,12 +339,11 @@ class Run:
                 self._leave(step)
 
     def _announce(self) -> None:
-        self.facts["time_to_first_step_s"] = time.perf_counter() - self.started
+        after = self.facts["time_to_first_step_s"] = time.perf_counter() - self.started
         if self.leader:
             write_json(self.directory.facts, self.facts)
-        self.console.banner()
-        for note in self.notes:
-            self.console.message(note)
+        compiling = duration(self.facts["compile_s"])
+        self.console.message(f"first step after {duration(after)}, {compiling} of it compiling")
 
     def _done(self, pending: Pending) -> None:
         """Waits for a step, times it, logs it, and stops the run where too many steps in a row were not finite."""

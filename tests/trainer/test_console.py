@@ -121,7 +121,6 @@ def test_the_banner_states_the_facts_that_are_known(terminal):
         "9.41 M, 3.12 M active per token",
         "70 % scenes, 30 % text; digest 9c41f0aa",
         "scratch",
-        "after 21.4 s, 12.9 s of it compiling",
         "250 GFLOP/s (measured: best 1024 x 1024 float32 matrix product on this cpu)",
         "MFU = tokens/s x 3.3e+07 / peak FLOP/s",
     ):

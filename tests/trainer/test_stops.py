@@ -38,3 +38,30 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> 
     assert f"model.vocab_size: found 320, expected at least {ids}, as many ids as" in told
     assert "/tokenizer.json has" in told and "Traceback" not in output
     assert not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_a_run_that_ends_while_it_compiles_has_said_what_it_is(tmp_path: Path) -> None:
+    config = tmp_path / "large.py"
+    config.write_text(
+        "from tests.nano import get_config\n"
+        "from trainer.loop import Run\n"
+        "def compiled(*_):\n"
+        "    raise MemoryError\n"
+        "Run._compiled = compiled\n"
+    )
+    output = finish(
+        start(tmp_path / "run", config=str(config), environment={"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}), 2
+    )
+    said, _, told = output.partition("drover train: out of memory")
+    assert told, output
+    for label in (
+        "drover: nano",
+        "devices",
+        "mesh",
+        "weights and optimizer state",
+        "parameters",
+        "starts from",
+        "compiler",
+    ):
+        assert label in said, output
+    assert "--xla_cpu_enable_fast_math=false" in said and "first step" not in said
