@@ -76,10 +76,11 @@ def _train(arguments: argparse.Namespace) -> None:
         sys.exit(processes.start_local(arguments.processes, processes.again(sys.argv[1:])))
     environment.prepare(arguments.traceback)
     arguments.watch = processes.join(arguments)
+    reached = arguments.watch.reached if arguments.watch else lambda step: None
     from trainer.loop import train
 
     try:
-        train(run, arguments.workdir, allow_config_change=arguments.allow_config_change)
+        train(run, arguments.workdir, allow_config_change=arguments.allow_config_change, reached=reached)
     except SystemExit:
         _leave(arguments)
         raise

@@ -2,6 +2,7 @@
 
 Otherwise they would wait for it in a collective for ever. Each process has a connection to process 0, which relays what
 it learns; a beat a second says that the other side is alive. A thread does this, so it works while jax waits or compiles.
+A beat also says which step the process has come to, by which process 0 finds one that is alive and stuck.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from typing import Any
 PEER_LOST = 3
 """Exit status of a process that ended because another one did."""
 BEAT_SECONDS = 1.0
+PATIENCE = 5
+"""A process may be a step behind the others for so many timeouts, as long as it takes to copy a checkpoint's arrays."""
 _NOTE_BYTES = 4000
 
 
@@ -31,15 +34,23 @@ class Watch:
         self._index, self._timeout, self.quiet = index, timeout, quiet
         self._peers, self._unread = peers, dict.fromkeys(peers, b"")
         self._heard = dict.fromkeys(peers, time.monotonic())
-        self._names = {number: f"process {number}" for number in peers.values()}
+        name = f"process {index} (pid {os.getpid()} on {socket.gethostname()})"
+        self._names = {number: f"process {number}" for number in peers.values()} | {index: name}
+        self._step: int | None = None
+        self._steps: dict[int, int] = {}
+        self._behind: dict[int, tuple[int, float]] = {}
         self._lock, self._done = threading.Lock(), threading.Event()
         self._selector = selectors.DefaultSelector()
         for connection in peers:
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ)
-        self._send({"name": f"process {index} (pid {os.getpid()} on {socket.gethostname()})"})
+        self._send({"name": name})
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._thread.start()
+
+    def reached(self, step: int) -> None:
+        """This process has a step's batch and begins with it. Before its first step it may compile as long as it likes."""
+        self._step = step
 
     def leave(self) -> None:
         """This process has done its part and may end."""
@@ -70,11 +81,33 @@ class Watch:
             if now - beat >= BEAT_SECONDS:
                 if now - beat > self._timeout / 2:  # this process stood still itself, and cannot tell who else did
                     self._heard = dict.fromkeys(self._heard, now)
+                    self._behind.clear()
                 beat = now
-                self._send({})
+                self._send({} if self._step is None else {"step": self._step})
+                if self._index == 0:
+                    self._check_steps(now)
             for connection, heard in list(self._heard.items()):
                 if now - heard > self._timeout:
                     self._lost(connection, f"has not been heard of for {self._timeout:g} s (it hangs, or is cut off)")
+
+    def _check_steps(self, now: float) -> None:
+        """Ends the run where a process stays at its step and others are further: they wait for it."""
+        if self._step is not None:
+            self._steps[0] = self._step
+        furthest = max(self._steps.values(), default=0)
+        # A process is behind since it came to its step, or since another one went further.
+        self._behind = {
+            number: (step, since if step == before else now)
+            for number, step in self._steps.items()
+            if step < furthest
+            for before, since in [self._behind.get(number, (step, now))]
+        }
+        for number, (step, since) in self._behind.items():
+            if now - since > PATIENCE * self._timeout:
+                self._end(
+                    f"{self._names[number]} is alive, but has not gone on from step {step} for {now - since:.0f} s, and others "
+                    f"wait for it at step {furthest} (it hangs: in its data, in a file system, in a lock?)."
+                )
 
     def _read(self, connection: Any) -> None:
         try:
@@ -94,6 +127,8 @@ class Watch:
     def _take(self, connection: socket.socket, note: dict[str, Any]) -> None:
         if "name" in note:
             self._names[self._peers[connection]] = str(note["name"])
+        if "step" in note:
+            self._steps[self._peers[connection]] = int(note["step"])
         if "left" in note:
             self._forget(connection)
         if "failed" in note:
@@ -103,12 +138,12 @@ class Watch:
         self._selector.unregister(connection)
         self._heard.pop(connection)
         with self._lock:
-            self._peers.pop(connection)
+            self._steps.pop(self._peers.pop(connection), None)
 
     def _lost(self, connection: socket.socket, how: str) -> None:
         self._end(f"{self._names[self._peers[connection]]} {how}.", beside=connection)
 
-    def _end(self, text: str, beside: socket.socket, told: bool = False) -> None:
+    def _end(self, text: str, beside: socket.socket | None = None, told: bool = False) -> None:
         """Tells the others, then ends this process: what it is doing cannot be finished."""
         if self._done.is_set():  # this process ends by itself
             return

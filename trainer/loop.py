@@ -55,8 +55,16 @@ TERMINATED = 128 + signal.SIGTERM
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
 
 
-def train(run: RunConfig, workdir: Path, *, allow_config_change: bool = False) -> None:
+def train(
+    run: RunConfig,
+    workdir: Path,
+    *,
+    allow_config_change: bool = False,
+    reached: Callable[[int], None] = lambda step: None,
+) -> None:
     """Trains `run` in `workdir`, from its latest checkpoint if there is one, to the end or to a signal.
+
+    `reached` is called with the number of every step that begins.
 
     Raises `UserError` for whatever the user can cure; `SystemExit` with 128 + signal after a signal.
     """
@@ -73,7 +81,7 @@ def train(run: RunConfig, workdir: Path, *, allow_config_change: bool = False) -
         if finished(run, directory):
             return
         with Run(run, directory, stop, started) as job:
-            job.loop()
+            job.loop(reached)
             job.finish()
 
 
@@ -306,13 +314,14 @@ class Run:
         kept = f" and {decimal(host)} in the memory of its host" if host else ""
         return f"on {where}, its weights {decimal(device_bytes(weights))} a device{kept}"
 
-    def loop(self) -> None:
-        """Steps until the last one or until asked to stop."""
+    def loop(self, reached: Callable[[int], None]) -> None:
+        """Steps until the last one or until asked to stop. `reached`: see `train`."""
         run, pending = self.run, None
         self.last_done = time.perf_counter()
         for step in range(self.start + 1, run.steps + 1):
             fed = self.feeder.next(lambda: jax.block_until_ready(self.state))
             self.where = fed.where
+            reached(step)
             self.stop.nothing_to_save = False
             batch = self.rollout(self.state, fed.batch, step) if self.rollout else fed.batch
             self.state, measured = self.step_fn(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,14 +161,18 @@ def alone(monkeypatch):
     monkeypatch.setattr("launch.processes.join", lambda _: None)
 
 
-def test_train_is_given_the_run_and_the_directory(monkeypatch):
-    calls = []
+def test_train_is_given_the_run_the_directory_and_who_watches(monkeypatch):
+    calls, steps = [], []
+    watch = SimpleNamespace(reached=steps.append, leave=lambda: steps.append("left"))
     monkeypatch.setattr("trainer.loop.train", lambda run, workdir, **options: calls.append((run, workdir, options)))
     assert cli.main(["train", "--config", "configs/tiny.py", "--config.name=mine"]) == 0
+    monkeypatch.setattr("launch.processes.join", lambda _: watch)
     assert cli.main(["train", "--config", "configs/tiny.py", "--workdir", "w", "--allow-config-change"]) == 0
     (first, here, options), (second, there, more) = calls
-    assert (first.name, here, options) == ("mine", Path("runs/mine"), {"allow_config_change": False})
-    assert (second.name, there, more) == ("tiny", Path("w"), {"allow_config_change": True})
+    assert (first.name, here, options.pop("reached")(7)) == ("mine", Path("runs/mine"), None)
+    assert (second.name, there, more.pop("reached")(8)) == ("tiny", Path("w"), None)
+    assert (options, more) == ({"allow_config_change": False}, {"allow_config_change": True})
+    assert steps == ["left", 8]
 
 
 @pytest.fixture

@@ -1,0 +1,90 @@
+"""Processes that only watch each other: one whose main thread is stuck is alive, and still found."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COUNT = 3
+CODE = """
+import os, socket, sys, threading, time
+from launch import watch
+
+watch.BEAT_SECONDS, watch.PATIENCE = 0.05, 0.2
+index, port, listener = map(int, sys.argv[1:4])
+listener = socket.socket(fileno=listener) if index == 0 else None
+me = watch.connect(index, 3, bytes(16), ("127.0.0.1", port), listener, timeout=10, quiet=index > 0)
+{then}
+me.leave()
+"""
+WAITING = "threading.Event().wait()"
+
+
+def group(*programs: str) -> list[subprocess.Popen[str]]:
+    """Processes 0 to 2, each of which runs its program once all are connected. Two seconds are the limit to be behind."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = str(listener.getsockname()[1]), str(listener.fileno())
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", CODE.format(then=then), str(index), *place],
+                cwd=ROOT,
+                pass_fds=[listener.fileno()] if index == 0 else [],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index, then in enumerate(programs)
+        ]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    """Exit statuses, and what each wrote to stderr."""
+    texts = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], texts
+
+
+@pytest.fixture(scope="module")
+def groups() -> dict[object, list[subprocess.Popen[str]]]:
+    """They mostly wait, and do so at the same time."""
+    further = f"me.reached(1); me.reached(2); {WAITING}"
+    stuck = "me.reached(1); lock = threading.Lock(); lock.acquire(); lock.acquire()"
+    compiling = "time.sleep(3)"
+    slow = "for step in range(8): me.reached(step); time.sleep(0.5)"
+    same = "me.reached(9); time.sleep(3)"
+    return {
+        0: group(stuck, further, further),
+        1: group(further, stuck, further),
+        "killed": group(WAITING, "os.kill(os.getpid(), 9)", WAITING),
+        "fails": group(WAITING, "me.fail('broken. Mend it.'); os._exit(2)", WAITING),
+        "compiling": group("me.reached(9); time.sleep(4)", compiling, compiling),
+        "slow": group("me.reached(9); time.sleep(6)", slow, slow),
+        "all wait": group(same, same, same),
+    }
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_alive_but_stuck_is_named_and_all_end(groups, victim: int) -> None:
+    pid = groups[victim][victim].pid
+    statuses, (first, *others) = ended(groups[victim])
+    assert statuses == [3] * COUNT, first
+    assert f"process {victim} (pid {pid} on {socket.gethostname()}) is alive, but has not gone on from step 1" in first
+    assert "others wait for it at step 2" in first
+    assert others == [""] * (COUNT - 1)  # one speaks on a terminal that they share
+
+
+@pytest.mark.parametrize(("name", "status", "words"), [
+    ("killed", -9, "ended without a word (killed, or out of memory)"),
+    ("fails", 2, "process 1: broken. Mend it."),
+])  # fmt: skip
+def test_one_that_dies_or_fails_ends_the_others_at_once(groups, name: str, status: int, words: str) -> None:
+    statuses, (first, *others) = ended(groups[name])
+    assert statuses == [3, status, 3]
+    assert words in first and others == [""] * (COUNT - 1)
+
+
+@pytest.mark.parametrize("name", ["compiling", "slow", "all wait"])
+def test_one_that_compiles_or_goes_on_slowly_is_waited_for(groups, name: str) -> None:
+    statuses, texts = ended(groups[name])
+    assert (statuses, texts) == ([0] * COUNT, [""] * COUNT)
