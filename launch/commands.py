@@ -58,7 +58,9 @@ def _add_train(subparsers: Any) -> tuple[str, Command]:
     )
     train.flag("--processes", type=int, metavar="N", help="start so many processes on this machine, one device each")
     train.flag("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not find it out by itself")
-    train.flag("--num-processes", type=int, metavar="N", help="processes in all, started by you; with --coordinator")
+    train.flag(
+        "--num-processes", type=int, metavar="N", help="processes in all, started by you; with --coordinator, or 1"
+    )
     train.flag("--process-id", type=int, metavar="I", help="number of this one, from 0; with --coordinator")
     train.flag("--peer-timeout", metavar="SECONDS", help="end when another process is silent for so long (default: 60)")
     return "train", train

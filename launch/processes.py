@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,8 +26,35 @@ COORDINATOR, COUNT, INDEX, TIMEOUT = (
 )
 LOCAL = "DROVER_LOCAL"
 """Set in the processes that `--processes` starts."""
+LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
+"""Of JAX: the GPUs of this process, of those that it sees."""
 DEFAULT_TIMEOUT = 60.0
 _TOKEN_BYTES, _HOST_BYTES = 16, 256
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What starts the same command many times, and tells each process its place in environment variables."""
+
+    count: str
+    """Variable with the number of processes; empty where none has it."""
+    index: str
+    """Variable with the number of this one."""
+    cure: str
+    """How a place is to be given here."""
+
+
+_COORDINATOR_CURE = f"Give --coordinator HOST:PORT of process 0 (or {COORDINATOR}) in every process."
+OPEN_MPI = Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _COORDINATOR_CURE)
+PMI = Launcher("PMI_SIZE", "PMI_RANK", _COORDINATOR_CURE)
+SLURM = Launcher("SLURM_NTASKS", "SLURM_PROCID", "Start the command with srun, which starts it once for each task.")
+KUBERNETES = Launcher(
+    "",
+    "JOB_COMPLETION_INDEX",
+    f"Set {COORDINATOR} to JOB-0.SERVICE:PORT and {COUNT} to the parallelism of the job in its manifest (docs/MESH.md).",
+)
+LAUNCHERS = (OPEN_MPI, PMI, SLURM, KUBERNETES)
+"""The first whose variables are set counts: MPI runs within jobs of Slurm."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +67,35 @@ class Group:
     index: int
 
 
+ALONE = Group("", 1, 0)
+"""What `--num-processes 1` says, whatever started the process."""
+
+
+def launcher_of(environ: Mapping[str, str]) -> Launcher | None:
+    """What started this process, maybe as one of several."""
+    return next((each for each in LAUNCHERS if each.count in environ or each.index in environ), None)
+
+
 def group_of(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Group | None:
     """What flags say, or else environment variables; None where neither says anything.
+
+    Once a coordinator is said, the variables of a launcher may say the rest.
 
     Raises:
         UserError: only a part is said, or a number is none.
     """
+    launcher = launcher_of(environ)
     named = {
-        "--coordinator": (COORDINATOR, arguments.coordinator),
-        "--num-processes": (COUNT, arguments.num_processes),
-        "--process-id": (INDEX, arguments.process_id),
+        "--coordinator": (COORDINATOR, arguments.coordinator, ""),
+        "--num-processes": (COUNT, arguments.num_processes, launcher.count if launcher else ""),
+        "--process-id": (INDEX, arguments.process_id, launcher.index if launcher else ""),
     }
-    values = {flag: environ.get(name) if given is None else str(given) for flag, (name, given) in named.items()}
-    if all(value is None for value in values.values()):
+    said = {flag: environ.get(name) if given is None else str(given) for flag, (name, given, _) in named.items()}
+    if all(value is None for value in said.values()):
         return None
+    if said == {"--coordinator": None, "--num-processes": "1", "--process-id": None}:
+        return ALONE
+    values = {flag: said[flag] or environ.get(named[flag][2]) for flag in named}
     missing = [f"{flag} (or {named[flag][0]})" for flag, value in values.items() if not value]
     if missing:
         raise UserError(f"{', '.join(missing)}: not given; expected all of {', '.join(named)}, or none of them.")
@@ -68,17 +111,47 @@ def group_of(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Group
     return Group(coordinator, count, index)
 
 
+def mistaken_by_jax(environ: Mapping[str, str]) -> bool:
+    """Whether MPI, of a kind that JAX does not know, says another place than Slurm, which may have started only its daemons."""
+    mpi = launcher_of(environ)
+    if mpi not in (OPEN_MPI, PMI) or "OMPI_MCA_orte_hnp_uri" in environ:
+        return False
+    return [environ.get(mpi.count), environ.get(mpi.index)] != [environ.get(SLURM.count), environ.get(SLURM.index)]
+
+
+def check_alone(environ: Mapping[str, str]) -> None:
+    """Refuses to train in this process alone where a launcher may have started others.
+
+    Raises:
+        UserError: names its variable.
+    """
+    launcher = launcher_of(environ)
+    if launcher is None or (launcher.count and environ.get(launcher.count, "1") == "1"):
+        return
+    variable = launcher.count or launcher.index
+    raise UserError(
+        f"{variable}={environ[variable]}: this process may be one of several, and where process 0 is was not found out. "
+        f"{launcher.cure} To train in this process alone, give --num-processes 1."
+    )
+
+
 def join(arguments: argparse.Namespace) -> "Watch | None":
     """Finds the other processes of the run, if there are any, and watches them. Call it before jax has any device.
 
-    Places come from flags and environment variables, or else from what JAX knows of Slurm, MPI, Kubernetes and TPU pods.
+    Places come from flags and environment variables, or else from what JAX knows of Slurm, Open MPI and TPU pods.
 
     Raises:
-        UserError: the others cannot be reached.
+        UserError: the others cannot be reached, or there are others and no place is known.
     """
+    group, timeout = group_of(arguments, os.environ), _timeout(arguments)
+    if group == ALONE:
+        return None
+    if group is None and mistaken_by_jax(os.environ):
+        check_alone(os.environ)
     import jax
 
-    group, timeout = group_of(arguments, os.environ), _timeout(arguments)
+    # It misses a package that only its detection needs; check_alone says what to do.
+    warnings.filterwarnings("ignore", r"\s*Kubernetes environment detected")
     # Signals are ours (trainer/signals.py): this service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -91,23 +164,26 @@ def join(arguments: argparse.Namespace) -> "Watch | None":
             jax.distributed.initialize(initialization_timeout=int(5 * timeout))
     except ValueError as error:
         if group is None and "coordinator_address should be defined" in str(error):
+            check_alone(os.environ)
             return None  # no cluster: one process
         raise UserError(
             f"the place of this process among others is known only in part ({error}). Give all of --coordinator, "
             "--num-processes and --process-id, or take JAX's own variables (JAX_COORDINATOR_ADDRESS) out of the environment."
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # detection asks libraries of others
         place = f"process {group.index} of {group.count} at {group.coordinator}" if group else "this process"
+        alone = "" if group else " To train in this process alone, give --num-processes 1."
         raise UserError(
             f"{place}: the processes of the run did not find each other within {5 * timeout:g} s "
-            f"({str(error).splitlines()[0][:200]}). See that all are started, and that the coordinator's port is open "
-            "between the hosts and free on the first."
+            f"({(str(error) or repr(error)).strip().splitlines()[0][:200]}). See that all are started, and that the "
+            f"coordinator's port is open between the hosts and free on the first.{alone}"
         ) from error
     if jax.process_count() == 1:
         return None
     if not arguments.traceback:
         environment.keep_stdout_for_python()
-    return _watch(timeout)
+    _check_gpus()
+    return _watch(timeout, group)
 
 
 def _timeout(arguments: argparse.Namespace) -> float:
@@ -121,7 +197,42 @@ def _timeout(arguments: argparse.Namespace) -> float:
     return seconds
 
 
-def _watch(timeout: float) -> "Watch":
+def check_gpus(hosts: Sequence[tuple[str, int, int]]) -> None:
+    """Refuses to leave GPUs without a process.
+
+    Args:
+        hosts: of each process the name of its host, the devices it uses, and the GPUs it sees.
+
+    Raises:
+        UserError: processes see more GPUs than those of their host use together.
+    """
+    used: dict[str, int] = {}
+    for name, devices, _ in hosts:
+        used[name] = used.get(name, 0) + devices
+    for name, _, seen in hosts:
+        if used[name] < seen:
+            raise UserError(
+                f"{name}: found {seen} GPUs, of which the run would use {used[name]}: under srun and mpirun JAX "
+                "gives each process the one of its own number on the host. Start one process for each GPU, or say "
+                f"which each is to have: {LOCAL_DEVICES}={','.join(map(str, range(seen)))} for a single process on the host."
+            )
+
+
+def _check_gpus() -> None:
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    chosen = {LOCAL, LOCAL_DEVICES} & os.environ.keys()
+    seen = environment.visible_gpus(os.environ) if jax.default_backend() == "gpu" and not chosen else 0
+    note = np.zeros(2 + _HOST_BYTES, np.uint8)
+    content = bytes([jax.local_device_count(), seen]) + socket.gethostname().encode()
+    note[: len(content)] = np.frombuffer(content, np.uint8)
+    everyones = [np.asarray(each).tobytes() for each in multihost_utils.process_allgather(note)]
+    check_gpus([(each[2:].rstrip(b"\0").decode(), each[0], each[1]) for each in everyones])
+
+
+def _watch(timeout: float, group: Group | None) -> "Watch":
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -132,12 +243,16 @@ def _watch(timeout: float) -> "Watch":
     note = np.zeros(_TOKEN_BYTES + 2 + _HOST_BYTES, np.uint8)
     if index == 0:
         listener = socket.create_server(("", 0), backlog=jax.process_count())
-        host = "127.0.0.1" if os.environ.get(LOCAL) else socket.gethostname()
+        host = socket.gethostname()
+        if "KUBERNETES_SERVICE_HOST" in os.environ:  # other pods do not know that name
+            host = socket.gethostbyname(host)
         content = secrets.token_bytes(_TOKEN_BYTES) + listener.getsockname()[1].to_bytes(2, "big") + host.encode()
         note[: len(content)] = np.frombuffer(content, np.uint8)
     content = np.asarray(multihost_utils.broadcast_one_to_all(note)).tobytes()
     token, port, host = content[:_TOKEN_BYTES], content[_TOKEN_BYTES : _TOKEN_BYTES + 2], content[_TOKEN_BYTES + 2 :]
-    address = host.rstrip(b"\0").decode(), int.from_bytes(port, "big")
+    # Process 0 is where the coordinator is.
+    host = group.coordinator.rpartition(":")[0].strip("[]") if group else host.rstrip(b"\0").decode()
+    address = host, int.from_bytes(port, "big")
     quiet = index > 0 and LOCAL in os.environ
     try:
         return connect(index, jax.process_count(), token, address, listener, timeout, quiet)

@@ -1,7 +1,9 @@
 """Several real processes on one machine: one run whatever their number, and one end whichever of them dies."""
 
+import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from launch.processes import Group, again, group_of
+from launch.processes import ALONE, Group, again, check_gpus, group_of
 from sharding.errors import UserError
-from tests.trainer.processes import finish, metrics, reached, start, wait_until
+from tests.trainer.processes import ROOT, finish, metrics, reached, start, wait_until
 
 CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
 """A rate that does not depend on the number of steps."""
@@ -147,7 +149,9 @@ def test_a_signal_stops_all_at_one_step_and_saves(number: signal.Signals, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cluster", ["slurm", "mpirun", "flags"])
+@pytest.mark.parametrize(
+    "cluster", ["slurm", "mpirun", "mpirun of Open MPI 5", "mpiexec of MPICH", "kubernetes", "flags"]
+)
 def test_processes_that_something_else_starts_find_each_other(cluster: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -161,11 +165,20 @@ def test_processes_that_something_else_starts_find_each_other(cluster: str, tmp_
         elif cluster == "mpirun":
             variables |= {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"}
             variables |= {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)}
+        elif cluster == "mpirun of Open MPI 5":
+            variables |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(i)}
+            flags = [f"--coordinator=127.0.0.1:{port}"]
+        elif cluster == "mpiexec of MPICH":
+            variables |= {"PMI_SIZE": "2", "PMI_RANK": str(i), "DROVER_COORDINATOR": f"127.0.0.1:{port}"}
+        elif cluster == "kubernetes":
+            variables |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": str(i)}
+            variables |= {"DROVER_COORDINATOR": f"127.0.0.1:{port}", "DROVER_NUM_PROCESSES": "2"}
         else:
             flags = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2", f"--process-id={i}"]
         runs.append(begin(tmp_path, *CONSTANT, *flags, steps=2, environment=variables | {"DROVER_PEER_TIMEOUT": "30"}))
     first, second = (finish(process) for process in runs)
     assert "2 x cpu" in first and "step 2/2  train" in first and "step 2/2" not in second
+    assert "kubernetes" not in first + second  # of a package that is not needed
 
 
 def arguments(**given: Any) -> Namespace:
@@ -177,6 +190,105 @@ def test_a_place_comes_from_flags_before_variables() -> None:
     assert group_of(arguments(), {}) is None
     assert group_of(arguments(), variables) == Group("a:1", 4, 3)
     assert group_of(arguments(process_id=0, coordinator="b:2"), variables) == Group("b:2", 4, 0)
+
+
+def test_the_manifest_gives_every_pod_its_place() -> None:
+    text = (ROOT / "docs" / "MESH.md").read_text()
+    manifest = text.split("```yaml\n")[1].split("```")[0]
+    service, job = manifest.split("---\n")
+
+    def field(part: str, name: str) -> str:
+        (value,) = re.findall(rf"(?m)\b{name}: *([^\s}}]+)", part)
+        return value
+
+    # A pod of an indexed job is reached as JOB-INDEX.SUBDOMAIN, where a headless service of that name selects it.
+    assert field(service, "clusterIP") == "None" and field(job, "completionMode") == "Indexed"
+    assert field(service, "metadata: {name") == field(job, "subdomain")
+    assert field(service, "job-name") == field(job, "metadata: {name")
+    assert field(job, "completions") == field(job, "parallelism")
+    variables = dict(re.findall(r'name: (DROVER_\w+), value: "(.+)"', job))
+    coordinator = f"{field(job, 'metadata: {name')}-0.{field(job, 'subdomain')}:4321"
+    count = int(field(job, "parallelism"))
+    places = [group_of(arguments(), variables | {"JOB_COMPLETION_INDEX": str(i)}) for i in range(count)]
+    assert places == [Group(coordinator, count, i) for i in range(count)]
+
+
+MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+MPICH = {"PMI_SIZE": "4", "PMI_RANK": "3"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+STEP = BATCH_SCRIPT | {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+
+
+@pytest.mark.parametrize("variables", [MPI_5, MPICH, STEP, MPI_5 | BATCH_SCRIPT, POD | {"DROVER_NUM_PROCESSES": "4"}])
+def test_a_launcher_says_the_rest_once_the_coordinator_is_said(variables: dict[str, str]) -> None:
+    assert group_of(arguments(coordinator="a:1"), variables) == Group("a:1", 4, 3)
+    assert group_of(arguments(coordinator="a:1", num_processes=2, process_id=0), variables) == Group("a:1", 2, 0)
+    assert group_of(arguments(num_processes=1), {**variables, "DROVER_NUM_PROCESSES": "4"}) == ALONE
+
+
+JOIN = """
+import json, os, sys, types
+from argparse import Namespace
+from launch import processes
+from sharding.errors import UserError
+
+class NoAccount(Exception): pass
+
+def load():
+    raise NoAccount("no service account")
+
+for case in json.loads(sys.argv[1]):
+    os.environ.update(case)
+    if "stub" in case:
+        kubernetes = sys.modules["kubernetes"] = types.ModuleType("kubernetes")
+        kubernetes.config = types.SimpleNamespace(load_incluster_config=load)
+    try:
+        found = processes.join(Namespace(coordinator=None, num_processes=None, process_id=None, peer_timeout=None))
+        print(json.dumps(f"alone {found}"))
+    except UserError as error:
+        print(json.dumps(str(error)))
+    for name in case:
+        del os.environ[name]
+"""
+
+
+def test_who_may_be_one_of_several_never_trains_alone() -> None:
+    unknown = "may be one of several, and where process 0 is was not found out"
+    four, one = {"OMPI_COMM_WORLD_SIZE": "4"}, {"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "PMI_RANK": "0"}
+    cases: list[tuple[dict[str, str], str]] = [
+        (MPI_5, f"OMPI_COMM_WORLD_SIZE=4: this process {unknown}. Give --coordinator HOST:PORT"),
+        (four, f"OMPI_COMM_WORLD_SIZE=4: this process {unknown}. Give --coordinator HOST:PORT"),
+        (MPICH, f"PMI_SIZE=4: this process {unknown}. Give --coordinator HOST:PORT"),
+        # The daemons of MPI were started by srun, one on each of two hosts.
+        (MPI_5 | STEP | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, f"OMPI_COMM_WORLD_SIZE=4: this process {unknown}"),
+        (BATCH_SCRIPT, f"SLURM_NTASKS=4: this process {unknown}. Start the command with srun"),
+        (POD, f"JOB_COMPLETION_INDEX=3: this process {unknown}. Set DROVER_COORDINATOR to JOB-0.SERVICE:PORT"),
+        (BATCH_SCRIPT | {"DROVER_NUM_PROCESSES": "1"}, "alone None"),
+        (POD | {"DROVER_NUM_PROCESSES": "1"}, "alone None"),
+        (one, "alone None"),
+        ({"SLURM_PROCID": "0"}, "alone None"),
+        ({}, "alone None"),
+        (POD | {"stub": ""}, "did not find each other within 10 s (no service account)"),
+    ]
+    command = [sys.executable, "-c", JOIN, json.dumps([variables for variables, _ in cases])]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI_"))}
+    clean["DROVER_PEER_TIMEOUT"] = "2"
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for (variables, words), found in zip(cases, said, strict=True):
+        assert words in found, variables
+    assert "kubernetes" not in done.stderr
+
+
+def test_no_gpu_is_left_without_a_process() -> None:
+    check_gpus([("a", 4, 0), ("b", 1, 0)])  # no GPUs
+    check_gpus([("a", 1, 2), ("a", 1, 2), ("b", 2, 2)])  # one process for each, or for all of a host
+    check_gpus([("a", 1, 1), ("a", 1, 1)])  # containers with one each
+    with pytest.raises(
+        UserError, match=r"b: found 8 GPUs, of which the run would use 2: .*JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7"
+    ):
+        check_gpus([("a", 8, 8), ("b", 1, 8), ("b", 1, 8)])
 
 
 @pytest.mark.parametrize(("given", "words"), [
