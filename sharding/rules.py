@@ -45,8 +45,8 @@ class Rules:
     vocab: Axes = ("tensor",)
     """Tokens of the vocabulary."""
 
-    def axes(self, name: str, size: int, mesh: Mapping[str, int]) -> Axes:
-        """The axes that split a dim of this name and size; those of size 1 are left out.
+    def axes(self, name: str, size: int, mesh: Mapping[str, int], weight: str) -> Axes:
+        """The axes that split a dim of this name and size; those of size 1 are left out. `weight`: whose dim, for a refusal.
 
         Raises:
             UserError: they do not divide it.
@@ -58,19 +58,20 @@ class Rules:
         parts = math.prod(mesh[axis] for axis in axes)
         if size % parts:
             found = " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
-            raise UserError(f"mesh: {found} does not divide {name}, which is {size}")
+            raise UserError(f"mesh: {found} does not divide {name} of the weight {weight}, which is {size}")
         return axes
 
-    def split(self, dims: Dims, shape: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[Axes, ...]:
-        """The axes of every dim of an array whose last dims have these names.
+    def split(self, weight: str, dims: Dims, shape: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[Axes, ...]:
+        """The axes of every dim of a weight whose last dims have these names. `weight`: its path, for a refusal.
 
         Raises:
             UserError: an axis does not divide its dim, or two dims claim it.
         """
         names = ("-",) * (len(shape) - len(dims)) + dims
-        split = tuple(self.axes(name, size, mesh) for name, size in zip(names, shape, strict=True))
+        split = tuple(self.axes(name, size, mesh, weight) for name, size in zip(names, shape, strict=True))
         claimed = [axis for axes in split for axis in axes]
         twice = {axis for axis in claimed if claimed.count(axis) > 1}
         if twice:
-            raise UserError(f"mesh: {', '.join(sorted(twice))} would split two dims of an array, {dims} of {shape}")
+            found = ", ".join(sorted(twice))
+            raise UserError(f"mesh: {found} would split two dims of the weight {weight}, {dims} of {shape}")
         return split

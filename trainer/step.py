@@ -59,17 +59,19 @@ class Skeleton:
         self.config = model.config
         self._graph, params, self._bias = nnx.split(model, nnx.Param, RouterBias)
         # A part of a weight does not show what the whole was, so `Place` reads there how it is split.
-        self._params = jax.tree.map(
-            lambda weight: stored(weight.copy(split=self._split(weight)), storage), params, is_leaf=_is_variable
+        self._params = jax.tree_util.tree_map_with_path(
+            lambda path, weight: stored(weight.copy(split=self._split(path, weight)), storage),
+            params,
+            is_leaf=_is_variable,
         )
         self.shardings: Params = nnx.to_pure_dict(
             jax.tree.map(lambda weight: weight.replace(self._home(weight)), self._params, is_leaf=_is_variable)
         )
         """Where each weight lives."""
 
-    def _split(self, weight: nnx.Variable) -> tuple[Axes, ...]:
+    def _split(self, path: Any, weight: nnx.Variable) -> tuple[Axes, ...]:
         dims = weight.get_metadata()["dims"]
-        return self.mesh.rules.split(dims, weight.get_value().shape, self.mesh.sizes)
+        return self.mesh.rules.split(path_of(path), dims, weight.get_value().shape, self.mesh.sizes)
 
     def _home(self, weight: nnx.Variable) -> Any:
         note = weight.get_metadata()
@@ -137,6 +139,11 @@ def weight_shapes(config: ModelConfig) -> Params:
     """Shapes and dtypes of a model's weights, without asking for a device."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), "cpu"))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def path_of(path: Any) -> str:
+    """The keys of a path in a tree of weights, as `blocks.0.attn.q`."""
+    return ".".join(str(step.key) for step in path)
 
 
 def _is_variable(node: Any) -> bool:
