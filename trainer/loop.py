@@ -279,7 +279,7 @@ class Run:
             "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
             + (f", {len(mesh.devices)} of them the student's" if self.apart else ""),
             "mesh": written(mesh.sizes),
-            "mesh_memory": memory_line(self.state, mesh),
+            "mesh_memory": memory_line(self.state),
             "compiler_flags": " ".join(filter(None, map(os.environ.get, ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
             "peak_flops": self.peak.flops_per_s,
             "peak_source": self.peak.source,

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,14 @@ from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
 from trainer.config import RunConfig
 from trainer.memory import tree_bytes
-from trainer.step import TrainState
+from trainer.step import TrainState, path_of
 
 SUGGESTED = 4
 """Meshes that a refusal names."""
 COUNTS = 16
 """Numbers of devices, the nearest to what was asked for, among which a refusal looks for them."""
+NAMED = 3
+"""Arrays that are named of those that devices have copies of."""
 
 
 def place_run(run: RunConfig, devices: Sequence[Any]) -> DeviceMesh:
@@ -227,17 +230,45 @@ def cures(run: RunConfig, devices: int, wanted: dict[str, int], local: int | Non
     )
 
 
-def memory_line(state: TrainState, mesh: DeviceMesh) -> str:
-    """What weights and optimizer state take of each device, and what of that is whole or copied on all of them.
+def memory_line(state: TrainState) -> str:
+    """What weights and optimizer state take of each device, and what of that is copied."""
+    return f"weights and optimizer state {decimal(tree_bytes(state))} a device, {copies_line(copies(state))}"
 
-    `state`: shapes with their shardings.
+
+def copies(tree: Any) -> list[dict[str, Any]]:
+    """What a device holds of a tree beyond an equal share of it, by the mesh axes along which devices hold the same.
+
+    An array that is split over some axes is copied along the others: of c copies, all but 1 / c of each is beyond the share.
+    `tree`: shapes with their shardings; a weight counts together with its moments. The largest first, in bytes.
     """
-    part = tree_bytes(state)
-    line = f"weights and optimizer state {decimal(part)} a device"
-    leaves = jax.tree.leaves(state)
-    whole = [leaf for leaf in leaves if leaf.ndim and leaf.sharding.is_fully_replicated]
-    if len(mesh.devices) > 1:
-        line += f", of which {len(whole)} arrays, {decimal(tree_bytes(whole))}, are whole on every one"
-    if mesh.sizes["data"] > 1:
-        line += f"; {mesh.sizes['data']} copies of all of it (mesh.data)"
-    return line
+    found: dict[tuple[str, ...], Counter[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+        taken = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
+        axes = tuple(axis for axis in AXES if mesh.shape[axis] > 1 and axis not in taken)
+        if axes:
+            part = tree_bytes(leaf)
+            keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            name = path_of(keys) if keys else str(path[-1]).lstrip(".")
+            beyond = part - part / math.prod(mesh.shape[axis] for axis in axes)
+            found.setdefault(axes, Counter())[name] += beyond
+    groups = (
+        {"axes": list(axes), "bytes": round(names.total()), "arrays": [name for name, _ in names.most_common()]}
+        for axes, names in found.items()
+    )
+    return sorted(groups, key=lambda group: -group["bytes"])
+
+
+def copies_line(found: Sequence[Mapping[str, Any]]) -> str:
+    """What `copies` found, with the names of the largest arrays."""
+    if not found:
+        return "none of it copied"
+
+    def arrays(names: Sequence[str]) -> str:
+        more = len(names) - NAMED
+        return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+    groups = (
+        f"{decimal(group['bytes'])} along {' x '.join(group['axes'])} ({arrays(group['arrays'])})" for group in found
+    )
+    return f"{decimal(sum(group['bytes'] for group in found))} of it beyond an equal share, copied: {'; '.join(groups)}"

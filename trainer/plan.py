@@ -30,7 +30,7 @@ from trainer.initialise import abstract_state
 from trainer.inspect import DEVICES, number_table, terminal
 from trainer.memory import device_bytes, tree_bytes
 from trainer.objective import metrics
-from trainer.placement import planned_student_and_teacher
+from trainer.placement import copies, copies_line, planned_student_and_teacher
 from trainer.report_text import compact, percent
 from trainer.step import Skeleton, Teacher, make_train_step
 from trainer.targets import DrawKeys, check_recipe, empty_targets, header_of
@@ -96,6 +96,7 @@ def plan_run(run: RunConfig, devices: int, teacher: ModelConfig | None = None) -
         },
         "source": distill.source if distill else None,
         "bytes_per_device": parts | {"total": sum(parts.values())},
+        "copies": copies(state),
         "teacher_devices": own and {"count": teacher_mesh.count, "mesh": written(teacher_mesh.sizes), "bytes": own},
         "room": [{"name": device.name, "bytes": device.memory_bytes - sum(parts.values())} for device in DEVICES],
         "flops": _flops(run, teacher),
@@ -262,6 +263,7 @@ def _table(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> Table:
 
 
 def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Of the student's weights and moments, {copies_line(plan['copies'])}."
     room = ", ".join(
         f"{compact(left, 'B')} ({name})" if left > 0 else f"none ({name}, which lacks {compact(-left, 'B')})"
         for name, left in (device.values() for device in plan["room"])

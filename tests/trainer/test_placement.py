@@ -5,15 +5,17 @@ from typing import Any
 
 import jax
 import pytest
+from rich.filesize import decimal
 
 from data.config import DataConfig
 from sharding.config import MeshConfig, meshes
 from sharding.errors import UserError
+from tests.oracle_cases import VISION
 from tests.sharding.sameness import WIDE
 from trainer.config import RunConfig
 from trainer.initialise import abstract_state
 from trainer.memory import tree_bytes
-from trainer.placement import memory_line, mesh_problems, place_run
+from trainer.placement import copies, memory_line, mesh_problems, place_run
 from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton
 
@@ -110,7 +112,7 @@ def test_options_of_the_mesh_are_checked_without_devices(mesh: dict[str, Any], w
     assert words in str(error.value)
 
 
-def test_weights_and_moments_are_split_and_what_is_whole_is_said() -> None:
+def test_weights_and_moments_are_split_but_for_norms_and_counters() -> None:
     run = run_on(fsdp=4, expert=2)
     mesh = place_run(run, jax.devices()[:8])
     state = abstract_state(run, Skeleton(run.model, mesh))
@@ -118,7 +120,43 @@ def test_weights_and_moments_are_split_and_what_is_whole_is_said() -> None:
     whole = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.is_fully_replicated]
     assert {leaf.shape for leaf in whole} == {(), (16,), (1, 16)}  # counters and norms
     assert tree_bytes(state) == (tree_bytes(alone) - tree_bytes(whole)) // 8 + tree_bytes(whole)
-    line = memory_line(state, mesh)
-    assert f"{sum(leaf.ndim > 0 for leaf in whole)} arrays" in line and "copies" not in line
-    copied = place_run(run_on(data=2, expert=2), jax.devices()[:8])
-    assert "2 copies of all of it" in memory_line(abstract_state(run, Skeleton(run.model, copied)), copied)
+    assert copies(alone) == [] and "none of it copied" in memory_line(alone)
+
+
+SEEING = dataclasses.replace(WIDE, num_layers=8, vision=dataclasses.replace(VISION, hidden_size=16, adapter_size=6))
+"""Has an adapter whose width 4 devices do not divide."""
+
+
+@pytest.mark.parametrize(("sizes", "along", "copied", "split"), [
+    ({"stage": 2, "fsdp": 4}, ["stage"], {"embed", "lm_head", "vision.blocks.fc1.kernel"},
+     {"blocks.0.attn.q", "vision.adapter.fc2", "final_norm", "step"}),
+    ({"fsdp": 4, "tensor": 2}, ["tensor"], {"blocks.1.ffn.router", "vision.blocks.fc1.kernel", "projector"},
+     {"blocks.0.attn.q", "embed", "lm_head", "vision.adapter.fc2"}),
+    ({"data": 2, "fsdp": 4}, ["data"], {"blocks.0.attn.q", "embed", "lm_head", "vision.blocks.fc1.kernel"},
+     {"vision.adapter.fc2", "final_norm", "count"}),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, ["stage", "tensor"], {"vision.blocks.fc1.kernel", "vision.adapter.fc2"},
+     {"blocks.0.attn.q", "embed", "blocks.1.ffn.router", "final_norm"}),
+])  # fmt: skip
+def test_every_byte_that_devices_have_copies_of_is_told(
+    sizes: dict[str, int], along: list[str], copied: set[str], split: set[str]
+) -> None:
+    run = run_on(SEEING, **sizes)
+    state = abstract_state(run, Skeleton(run.model, place_run(run, jax.devices()[:8])))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    found = copies(state)
+    assert sum(group["bytes"] for group in found) == pytest.approx(tree_bytes(state) - whole / 8, abs=len(found))
+    (names,) = (set(group["arrays"]) for group in found if group["axes"] == along)
+    assert copied <= names and not split & names
+    largest = found[0]
+    line = memory_line(state)
+    assert f"{decimal(largest['bytes'])} along {' x '.join(largest['axes'])} ({largest['arrays'][0]}, " in line
+
+
+def test_copies_of_an_array_are_counted_by_hand() -> None:
+    sharding = place_run(run_on(data=2, fsdp=4), jax.devices()[:8])
+    half = jax.ShapeDtypeStruct((8, 3), "float32", sharding=sharding.split([("fsdp",), ()]))
+    whole = jax.ShapeDtypeStruct((10,), "float32", sharding=sharding.everywhere)
+    assert copies({"norm": whole, "matrix": half}) == [
+        {"axes": ["data", "fsdp"], "bytes": 35, "arrays": ["norm"]},  # 40 bytes, of which an eighth is a share
+        {"axes": ["data"], "bytes": 12, "arrays": ["matrix"]},  # 24 bytes, twice
+    ]

@@ -316,6 +316,8 @@ def test_the_command_prints_the_plan_of_any_run(
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "4 devices: fsdp=4; 8 rows of 128 tokens a step." in text and "teacher" not in text
+    told = " ".join(text.split())
+    assert "of it beyond an equal share, copied: " in told and " along fsdp (blocks." in told
     monkeypatch.setattr(
         plan, "plan_run", lambda run, devices, teacher: [run.distill.teacher, devices, teacher.num_layers]
     )
