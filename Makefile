@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 LIBTPU := .venv/libtpu
 LIBTPU_VERSION := libtpu==0.0.42.1
+CHECK_COLLECTIVES := PYTHONPATH=$(LIBTPU) $(BIN)/python -m tests.sharding.collectives --check tests/sharding/collectives.txt
 MESH_TESTS := tests/sharding tests/launch/test_processes.py tests/trainer/test_any_mesh.py
 
 help:  ## show this text
@@ -44,11 +45,13 @@ slow: install  ## the slow tests, but for those of make mesh
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -m slow $(MESH_TESTS:%=--ignore=%)
 
 mesh: $(LIBTPU)  ## all that holds the mesh to one device: the same numbers, real processes, collectives
-	$(BIN)/python -m pytest -n 2 --dist worksteal -v $(MARKED) $(MESH_TESTS)
-	$(MAKE) collectives
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -v $(MARKED) $(MESH_TESTS) || status=$$?; \
+	$(CHECK_COLLECTIVES) || status=$$?; \
+	exit $$status
 
 collectives: $(LIBTPU)  ## what the TPU compiler makes of a step on a mesh, against the table kept; no TPU needed
-	PYTHONPATH=$(LIBTPU) $(BIN)/python -m tests.sharding.collectives --check tests/sharding/collectives.txt
+	$(CHECK_COLLECTIVES)
 
 # Beside the other packages: where jax finds libtpu, it looks for TPUs.
 $(LIBTPU): install
