@@ -198,6 +198,19 @@ def fitting(case: str) -> list[dict[str, int]]:
     return [sizes for sizes in meshes(DEVICES) if repeats % sizes["stage"] == 0]
 
 
+def unsupported(case: str) -> list[dict[str, int]]:
+    """The others."""
+    possible = fitting(case)
+    return [sizes for sizes in meshes(DEVICES) if sizes not in possible]
+
+
+def supported_line(case: str) -> str:
+    """How many meshes the case can be split over, and which it cannot."""
+    others, total = unsupported(case), len(list(meshes(DEVICES)))
+    names = f": {'; '.join(map(written, others))} (stage does not divide the super-blocks)" if others else ""
+    return f"{total - len(others)} of the {total} meshes of {DEVICES} devices are supported, not {len(others)}{names}"
+
+
 def compare(case: str, sizes: dict[str, int], only_float64: bool, **options: Any) -> tuple[bool, str]:
     """Whether a mesh, with options as in `Place`, gives what one device does, and a line that says how close."""
     mesh = DeviceMesh.of(jax.devices()[:DEVICES], sizes, **options)
@@ -223,7 +236,7 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     asked = [dict(pair.split("=") for pair in mesh.split(",")) for mesh in options.meshes or []]
     chosen = [{name: int(mesh.get(name, 1)) for name in AXES} for mesh in asked]
-    same, wrong, all_meshes = 0, 0, len(list(meshes(DEVICES)))
+    same, wrong = 0, 0
     for case in options.cases:
         possible = fitting(case)
         print(f"{case} (router margin {router_margin(case):.0e})")
@@ -235,9 +248,7 @@ def main() -> int:
             same, wrong = same + good, wrong + (not good)
             print(f"  {written(sizes):28} {'same' if good else 'DIFFERS':8} {line}", flush=True)
         if not chosen:
-            print(
-                f"  not supported: {all_meshes - len(possible)} of {all_meshes}, whose stage does not divide the layers"
-            )
+            print(f"  {supported_line(case)}")
     print(f"{same} of {same + wrong} are the same")
     return min(wrong, 1)
 
