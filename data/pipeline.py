@@ -192,10 +192,11 @@ class Dataset:
         """
         return Batches(self, start, stop, rows)
 
-    def target_bytes(self, batch: Batch, source: str = "text") -> int:
-        """Bytes of UTF-8 that the weighted targets of a source stand for; the end of a text counts none."""
+    def target_bytes(self, batch: Batch, source: str = "text") -> np.ndarray:
+        """Bytes of UTF-8 that each weighted target of a source stands for, int32 [B, S]; the end of a text counts none."""
         of_source = batch["source_ids"] == self.source_names.index(source) + 1
-        return int(self.tokenizer.byte_lengths[batch["targets"][of_source & (batch["loss_weights"] > 0)]].sum())
+        counted = of_source & (batch["loss_weights"] > 0)
+        return np.where(counted, self.tokenizer.byte_lengths[batch["targets"]], 0).astype(np.int32)
 
     def _fill_row(self, row: Batch, placed: list[tuple[int, int, int]], documents: list[Document]) -> None:
         tile = window = 0

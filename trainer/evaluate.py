@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data.audio import SILENCE
@@ -29,21 +30,27 @@ SAMPLES = 24
 class HeldOut:
     """The objective on held-out batches, the same ones each time."""
 
-    def __init__(self, dataset: Dataset, eval_step: Any, put: Callable[[Batch], dict[str, jax.Array]]):
-        """`put` moves a batch to where `eval_step` takes it."""
-        self._dataset, self._eval_step, self._put = dataset, eval_step, put
-        self._batches: dict[int, Batch] = {}
+    def __init__(
+        self, dataset: Dataset, eval_step: Any, share: Sequence[int], put: Callable[[Batch], dict[str, jax.Array]]
+    ):
+        """`share`: the rows of a batch that this process makes; `put` moves them to where `eval_step` takes the batch."""
+        self._dataset, self._eval_step, self._share, self._put = dataset, eval_step, share, put
+        self._shares: dict[int, Batch] = {}
 
     def score(self, params: Params, router_bias: Params, batches: int) -> dict[str, float]:
         """Loss over the first so many held-out batches, all in all and by source; bits per byte of text."""
         loss_N, weight_N, text_bytes = 0.0, 0.0, 0
         names = self._dataset.source_names
         for n in range(batches):
-            batch = self._batches.setdefault(n, self._dataset.batch(n))
-            sums = jax.device_get(self._eval_step(params, router_bias, self._put(batch)))
+            if n not in self._shares:
+                self._shares[n] = self._dataset.batch(n, self._share)
+            share = self._shares[n]
+            sums = jax.device_get(self._eval_step(params, router_bias, self._put(share)))
             loss_N = loss_N + sums["source_loss"].astype(np.float64)
             weight_N = weight_N + sums["source_weight"].astype(np.float64)
-            text_bytes += self._dataset.target_bytes(batch) if "text" in names else 0
+            if "text" in names:
+                # Summed on the devices, which have each row once, whatever processes share it.
+                text_bytes += int(jnp.sum(self._put({"bytes": self._dataset.target_bytes(share)})["bytes"]))
         loss_N, weight_N = np.asarray(loss_N), np.asarray(weight_N)
         scores = {"loss": float(loss_N.sum() / weight_N.sum())}
         for name, loss, weight in zip(names, loss_N, weight_N, strict=True):

@@ -19,7 +19,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from data.mixture import continued
-from data.pipeline import Batch, build_dataset
+from data.pipeline import Batch, build_dataset, empty_batch
 from data.questions import SOURCES
 from sharding.config import written
 from sharding.devices import peak_flops
@@ -203,9 +203,7 @@ class Run:
         self.feeder = feeder
         if self.asked:
             self.feeder = AskedAhead(feeder, self.asked, lambda share: mesh.put(share, rows), run.steps - start)
-        self.held_out = HeldOut(
-            held_out, eval_fn, lambda batch: mesh.put({k: a[self.share] for k, a in batch.items()}, rows)
-        )
+        self.held_out = HeldOut(held_out, eval_fn, self.share.tolist(), lambda share: mesh.put(share, rows))
         stack.enter_context(self.console)
         self.logger: Logger = NoLogger()
         if self.leader:
@@ -250,7 +248,7 @@ class Run:
             # Whether any process was asked to stop goes through the step, so that all learn it at the same one.
             return state, metrics(sums, names) | {"stop": jnp.sum(stop_P)}
 
-        example = self.dataset.batch(self.start)
+        example = empty_batch(self.run.data, self.run.media, self.run.data.batch_size)
 
         def shapes(example: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
             return {

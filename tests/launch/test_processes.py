@@ -22,8 +22,24 @@ CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_s
 """A rate that does not depend on the number of steps."""
 
 
-def begin(workdir: Path, *arguments: str, steps: int = 6, **options: Any) -> subprocess.Popen[str]:
-    return start(workdir, *arguments, config="tests/nano.py", steps=steps, **options)
+SPIED = """
+import os
+from data.pipeline import Dataset
+from tests.nano import get_config
+read = Dataset._read
+def spied(self, rows, keys):
+    with open("{folder}/read" + os.environ["DROVER_PROCESS_ID"], "a") as file:
+        file.writelines(f"{{self._again[2]}} {{n}} {{row}}\\n" for _, n, row in keys)
+    return read(self, rows, keys)
+Dataset._read = spied
+"""
+"""A config in whose processes each writes down which rows it reads: held out or not, number of the batch, row."""
+
+
+def begin(
+    workdir: Path, *arguments: str, config: str = "tests/nano.py", steps: int = 6, **options: Any
+) -> subprocess.Popen[str]:
+    return start(workdir, *arguments, config=config, steps=steps, **options)
 
 
 def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -38,21 +54,30 @@ def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]])
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The metrics of six steps in one process."""
+    """The metrics of six steps in one process, and held-out scores at the end."""
     workdir = tmp_path_factory.mktemp("alone")
     finish(begin(workdir, *CONSTANT))
-    return [record for record in metrics(workdir) if record["kind"] == "train"]
+    return metrics(workdir)
 
 
 def test_a_run_goes_on_with_another_number_of_processes_as_if_nothing_had_happened(
     alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:
+    spied = tmp_path / "spied.py"
+    spied.write_text(SPIED.format(folder=tmp_path))
     for steps, processes, context in ((2, 4, 2), (4, 1, 1), (6, 2, 2)):
         mesh = (f"--processes={processes}", f"--config.mesh.context={context}")
-        output = finish(begin(tmp_path, *CONSTANT, *mesh, "--allow-config-change", steps=steps))
+        config = str(spied) if steps == 2 else "tests/nano.py"
+        output = finish(begin(tmp_path, *CONSTANT, *mesh, "--allow-config-change", config=config, steps=steps))
         assert output.count(f"step {steps}/{steps}  train") == 1, output  # one process speaks
         assert "Gloo" not in output
-    assert_same_run([record for record in metrics(tmp_path) if record["kind"] == "train"], alone)
+    found = [record for record in metrics(tmp_path) if record["kind"] == "train" or record["step"] == 6]
+    assert_same_run(found, alone)
+    for process in range(4):  # of which two have the same rows, and half of the tokens each
+        rows = range(4) if process < 2 else range(4, 8)
+        batches = (("False", 0), ("False", 1), ("True", 0))
+        lines = (tmp_path / f"read{process}").read_text().splitlines()
+        assert sorted(lines) == [f"{held_out} {n} {row}" for held_out, n in batches for row in rows]
 
 
 @pytest.mark.slow
@@ -61,7 +86,7 @@ def test_processes_with_several_devices_and_a_mesh_across_them(alone: list[dict[
     mesh = ("--config.mesh.data=2", "--config.mesh.expert=2", "--processes=2")
     output = finish(begin(tmp_path, *CONSTANT, *mesh, environment=devices))
     assert "4 x cpu" in output and "data=2, expert=2" in output
-    assert_same_run([record for record in metrics(tmp_path) if record["kind"] == "train"], alone)
+    assert_same_run(metrics(tmp_path), alone)
 
 
 def children(parent: int) -> dict[int, int]:
