@@ -22,6 +22,9 @@ from trainer.step import Params, TrainState
 
 Metadata = dict[str, Any]
 
+CHUNK_BYTES = 2**20
+"""Largest chunk on disk: a device that holds a part of an array reads the chunks that its part is in, not all of it."""
+
 
 def _named(tree: Any) -> dict[tuple[str, ...], Any]:
     """Leaves by the names on their way, ("params", "blocks", "0", "attn", "q"): the layout on disk."""
@@ -43,6 +46,12 @@ def _like(tree: Any, saved: dict[str, Any]) -> Any:
 def _stacked(name: tuple[str, ...]) -> bool:
     """Whether an array, ("params", "blocks", ...), has a leading dim of super-blocks."""
     return name[1] == "blocks"
+
+
+def _cut(name: tuple[str, ...]) -> ocp.SaveArgs:
+    """How an array is cut into chunks: each is of one layer and, of experts, of one expert."""
+    dims = 2 if "experts" in name else 1 if "blocks" in name else 0
+    return ocp.SaveArgs(shard_axes=tuple(range(dims)), chunk_byte_size=CHUNK_BYTES)
 
 
 def _unpruned(name: tuple[str, ...], leaf: jax.ShapeDtypeStruct, kept: Kept) -> jax.ShapeDtypeStruct:
@@ -88,11 +97,12 @@ class Checkpoints:
 
     def save(self, state: TrainState, metadata: Metadata) -> None:
         """Starts to save `state` under its step; returns when the arrays are copied, before they are on disk."""
+        cuts = traverse_util.unflatten_dict({name: _cut(name) for name in _named(state)})
         with self._explained():
             started = self.manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_on_disk(state)),  # pyright: ignore[reportCallIssue]
+                    state=ocp.args.StandardSave(_on_disk(state), cuts),  # pyright: ignore[reportCallIssue]
                     run=ocp.args.JsonSave(metadata),  # pyright: ignore[reportCallIssue]
                 ),
             )
