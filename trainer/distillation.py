@@ -12,7 +12,7 @@ from model.distillation import Distilled, distillation_losses
 from model.sampled_targets import Recipe, Targets, draw_targets, sparse_losses
 from model.transformer import Batch, Transformer
 from trainer.config import DistillConfig, ObjectiveConfig, RunConfig
-from trainer.objective import SAMPLED, Extras, Objective, TokenLosses, next_token_objective, token_objective
+from trainer.objective import SAMPLED, TAUGHT, Extras, Objective, TokenLosses, next_token_objective, token_objective
 
 KEYS = "soft_keys"
 """Of a batch: the random key of each token's draws, uint32 [B, S, 2]."""
@@ -54,9 +54,9 @@ def distillation_objective(config: ObjectiveConfig, distill: DistillConfig, num_
     that the student wrote (`SAMPLED`) have w = 1.
 
     Logged beside the next-token loss: `soft`, the divergence (with a sparse target an estimate, and at another temperature
-    than 1 the cross-entropy, for want of the entropy there); `soft_weight`, the mean w; `taught`, the share of tokens that have
-    a target of the teacher's; of these `teacher_loss`, the teacher's next-token loss; `teacher_entropy` in nats;
-    `teacher_correct`, how often its likeliest token is the target.
+    than 1 the cross-entropy, for want of the entropy there); `teacher_loss`, the teacher's next-token loss; `teacher_entropy`
+    in nats; `teacher_correct`, how often its likeliest token is the target: all these are means over the tokens that have a
+    target of the teacher's. `taught` is the share of the tokens that have one, and `soft_weight` the mean w over all of them.
     """
 
     def losses(model: Transformer, hidden_TD: jax.Array, batch: Batch, extras: Extras) -> TokenLosses:
@@ -71,7 +71,7 @@ def distillation_objective(config: ObjectiveConfig, distill: DistillConfig, num_
             {
                 "soft": found.divergence_T * taught_T,
                 "soft_weight": weight_T,
-                "taught": taught_T,
+                TAUGHT: taught_T,
                 "teacher_loss": -found.target_log_prob_T * taught_T,
                 "teacher_entropy": found.entropy_T * taught_T,
                 "teacher_correct": found.correct_T * taught_T,

@@ -36,13 +36,13 @@ from trainer.flops import flops_per_token, parameter_counts
 from trainer.initialise import abstract_state, initialise
 from trainer.memory import check_memory, device_bytes, tree_bytes
 from trainer.metrics import Logger, MetricsLogger, NoLogger
-from trainer.objective import SAMPLED, metrics, next_token_objective
+from trainer.objective import SAMPLED, metrics, next_token_objective, without_empty_means
 from trainer.placement import memory_line, place_student_and_teacher
 from trainer.processes import anyone_says, check_same, is_leader, leader_says
 from trainer.progress import prepare_bar
 from trainer.report import write_report
 from trainer.report_text import duration
-from trainer.rollout import Rollout, without_empty_means
+from trainer.rollout import Rollout
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
 from trainer.sections import to_plain
@@ -359,13 +359,7 @@ class Run:
         seconds, self.last_done = now - self.last_done, now
         in_a_row, self.stopping = int(values.pop("skipped_in_a_row")), bool(values.pop("stop"))
         if pending.step % self.run.log.every_steps == 0 or pending.step in (1, self.run.steps) or in_a_row:
-            for name in self.dataset.source_names:
-                if not values[f"targets/{name}"]:  # the batch has nothing of this source
-                    sums = f"targets/{name}", f"tokens/{name}"
-                    for mean in [key for key in values if key.endswith(f"/{name}") and key not in sums]:
-                        del values[mean]
-            if self.rollout:
-                values = without_empty_means(values)
+            values = without_empty_means(values, self.dataset.source_names)
             amounts = float(values["tokens"]), float(values["tiles"]), float(values.get("audio_windows", 0))
             tokens, flops = amounts[0], self.flops.training_step(*amounts)
             flops += self.flops.forward_step(*amounts) if values.get(SAMPLED) else 0

@@ -6,6 +6,7 @@ Letters: B rows, S sequence, T tokens, L mixture-of-experts layers, E experts.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,10 @@ SAMPLED = "sampled"
 """Of a batch: which targets the model has written itself, bool [B,S]; they count in no mean over the targets of the data."""
 OF_SAMPLED = f"{SAMPLED}/"
 """Begins the names of what is told of those targets."""
+TAUGHT = "taught"
+"""Of an objective that learns from a teacher: the share of the tokens of which the teacher speaks."""
+OVER_TAUGHT = ("soft", "teacher_loss", "teacher_entropy", "teacher_correct")
+"""What is a mean over those tokens, not over all."""
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +169,8 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     `experts/load` [L, E] are shares of the layer's assignments; `experts/imbalance` is the largest load over the mean one,
     in the worst layer. With a capacity factor, `experts/dropped` [L] counts the assignments that found no room.
     Of targets that the model has written itself, `sampled` is their share, and `sampled/<name>` a mean over them; all other
-    means are over the targets of the data. A mean over none is NaN.
+    means are over the targets of the data. Those of `OVER_TAUGHT` are over the ones that are `taught`. A mean over none is
+    NaN; `without_empty_means` takes it out.
     """
     named = {"source_tokens", "source_loss", "source_weight", "load_balance", "router_z", "assignments", "dropped"}
     others = {name.removeprefix(OTHER): value for name, value in sums.items() if name.startswith(OTHER)}
@@ -177,12 +183,15 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
             f"tokens/{name}": sums["source_tokens"][i],
         }
     for other, total_N in others.items():
-        logged[other] = jnp.sum(total_N) / jnp.sum(sums["source_weight"])
-        mean_N = total_N / sums["source_weight"]
+        weight_N = others[TAUGHT] if other in OVER_TAUGHT else sums["source_weight"]
+        logged[other] = jnp.sum(total_N) / jnp.sum(weight_N)
+        mean_N = total_N / weight_N
         logged |= {f"{other}/{name}": mean_N[i] for i, name in enumerate(source_names)}
     if SAMPLED in sums:
         own, given = sums[SAMPLED], jnp.sum(sums["source_weight"])
-        logged |= {name: value / own for name, value in sums.items() if name.startswith(OF_SAMPLED)}
+        for name in (name for name in sums if name.startswith(OF_SAMPLED)):
+            over_taught = name.removeprefix(OF_SAMPLED) in OVER_TAUGHT
+            logged[name] = sums[name] / (sums[f"{OF_SAMPLED}{TAUGHT}"] if over_taught else own)
         logged |= {SAMPLED: own / (own + given), "loss": jnp.sum(sums["source_loss"]) / given}
     if "assignments" in sums:
         load_LE = sums["assignments"] / jnp.maximum(jnp.sum(sums["assignments"], axis=1, keepdims=True), 1)
@@ -195,3 +204,16 @@ def metrics(sums: Sums, source_names: Sequence[str]) -> dict[str, jax.Array]:
     if "dropped" in sums:
         logged["experts/dropped"] = sums["dropped"]
     return logged
+
+
+def without_empty_means(values: Mapping[str, Any], source_names: Sequence[str]) -> dict[str, Any]:
+    """What `metrics` tells of a step, without the means over tokens of which its batch has none."""
+    amounts = {f"{{}}/{name}": float(values[f"targets/{name}"]) for name in source_names}
+    amounts |= {"{}": sum(amounts.values()), f"{OF_SAMPLED}{{}}": float(values.get(SAMPLED, 0))}
+    empty = set()
+    for written, amount in amounts.items():
+        if not amount:
+            empty |= {written.format(name) for name in ("loss", "soft_weight", TAUGHT, *OVER_TAUGHT)}
+        elif not values.get(written.format(TAUGHT), 1):
+            empty |= {written.format(name) for name in OVER_TAUGHT}
+    return {name: value for name, value in values.items() if name not in empty}

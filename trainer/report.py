@@ -185,14 +185,14 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 
 def _teacher(train: Records, facts: Mapping[str, Any]) -> str:
-    if not any("soft" in record or "sampled/soft" in record for record in train):
+    if not any("taught" in record or "sampled/soft" in record for record in train):
         return ""
     return section(
         "Teacher",
         f"{', '.join(facts[name] for name in ('teacher', 'teacher_place') if facts.get(name)) or 'Unknown'}. "
         f"{_lessons(train, facts.get('teacher_cache'))}",
         row(
-            _curve(train, "soft", "Divergence from the teacher", _plain, "nats per predicted token", zero=True),
+            _curve(train, "soft", "Divergence from the teacher", _plain, "nats per token with its target", zero=True),
             _curve(train, "teacher_loss", "The teacher's own loss", _plain, "on the same tokens"),
             _curve(
                 train, "soft_weight", "Weight of the divergence", _plain, "the next-token loss has the rest", zero=True

@@ -19,7 +19,7 @@ from model.cache import Cache, empty
 from model.transformer import Batch, Transformer
 from sharding.mesh import DeviceMesh
 from trainer.config import DistillConfig, RunConfig
-from trainer.objective import OF_SAMPLED, SAMPLED
+from trainer.objective import SAMPLED
 from trainer.sampling import Sampling, choose
 from trainer.step import Params, Skeleton, TrainState
 
@@ -69,14 +69,6 @@ class Rollout:
         if not self.writes(step):
             return batch | {SAMPLED: self._none}
         return self._run(state.params, state.router_bias, batch, np.int32(step))
-
-
-def without_empty_means(values: dict[str, Any]) -> dict[str, Any]:
-    """What is logged of a step, without the means over targets of a kind that its batch has none of."""
-    of_sampled = [name for name in values if name.startswith(OF_SAMPLED)]
-    of_given = [name.removeprefix(OF_SAMPLED) for name in of_sampled]
-    empty = {0.0: of_sampled, 1.0: of_given}.get(float(values[SAMPLED]), [])
-    return {name: value for name, value in values.items() if name not in empty}
 
 
 def to_write(batch: Batch, prompt: float) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from tests.trainer.processes import finish, metrics, start
 from tests.trainer.saved_run import micro, save_run
 from trainer import memory
 from trainer.config import DistillConfig, RunConfig
-from trainer.distillation import distillation_objective, soft_weight
+from trainer.distillation import CachedTargets, distillation_objective, soft_weight
 from trainer.initialise import abstract_state
 from trainer.memory import tree_bytes
-from trainer.objective import extras_for, next_token_objective
+from trainer.objective import SAMPLED, extras_for, next_token_objective, without_empty_means
+from trainer.objective import metrics as metrics_of
 from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton, Teacher, loss_and_gradient
 from trainer.teacher import load_teacher
@@ -123,6 +125,87 @@ def test_loss_and_gradient_are_those_of_the_whole_distributions(
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12 * np.abs(theirs).max())
     assert sums["loss"] != loss  # what is logged as the loss is that of the next token
+
+
+def test_what_is_logged_of_a_batch_that_is_partly_taught_is_of_the_tokens_that_are() -> None:
+    """From a cache that lacks some of the segments; some targets were written by the student."""
+    model = dataclasses.replace(STUDENT, num_layers=1, moe_layer_step=0, nope_layer_step=0, vision=None)
+    distill = DistillConfig(source="cache", cache="a cache", draws=4, soft_weight=0.3, adapt="confidence")
+    batch: dict[str, Any] = random_batch(model, 8, rows=4, length=32)
+    rng, K, V = np.random.default_rng(8), 4, model.vocab_size
+    shape = batch["tokens"].shape
+    own, there = rng.random(shape) < 0.3, rng.random(shape) < 0.5
+    there &= batch["source_ids"] != 2  # of which the cache has nothing
+    own &= batch["loss_weights"] > 0
+    batch["loss_weights"][batch["source_ids"] == 3] = 0  # of which the batch has no target
+    ids = np.sort(rng.permuted(np.tile(np.arange(V), (*shape, 1)), axis=-1)[..., :K])
+    arrays = (
+        np.where(there[..., None], ids, -1),
+        np.where(there[..., None], rng.dirichlet(np.ones(K), shape), 0),
+        np.where(there, -rng.exponential(size=shape), 0),
+        np.where(there, rng.uniform(0, np.log(V), shape), 0),
+        there & (rng.random(shape) < 0.5),
+    )
+    batch |= dict(zip(CachedTargets._fields, arrays, strict=True)) | {SAMPLED: own}
+    objective = distillation_objective(COEFFICIENTS, distill, SOURCES)
+    with jax.enable_x64(True):
+        skeleton = Skeleton(model)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params: Any, part: Any, extras: Any) -> Any:
+        found = skeleton.model(params, {})
+        hidden = found(part).hidden_BSD
+        return objective(found, part, extras), hidden @ found.head()
+
+    names = [f"source{i}" for i in range(SOURCES)]
+    with jax.enable_x64(True):
+        params = oracle.as_float64(random_params(model, 8))
+        halves = [{name: array[rows] for name, array in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+        found = jax.device_get([run(params, half, extras_for(batch, 2)) for half in halves])
+        told = jax.device_get(metrics_of(jax.tree.map(jnp.add, *(sums for (_, sums), _ in found)), names))
+    log_q = np.concatenate([logits for _, logits in found])
+    log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
+
+    totals: dict[str, Any] = {}
+    loss = 0.0
+    for place in np.ndindex(shape):  # each token by itself
+        weight, taught = float(batch["loss_weights"][place]), bool(there[place])
+        hard = -log_q[(*place, batch["targets"][place])]
+        entropy = arrays[3][place]
+        soft = -float(np.sum(arrays[1][place] * log_q[place][ids[place]])) - entropy
+        w = 0.3 * (1 - entropy / np.log(V)) if taught else 0.0
+        w = 1.0 if own[place] else w
+        loss += weight * ((1 - w) * hard + w * soft)
+        of_all = {"loss": hard, "soft_weight": w, "taught": taught}
+        of_taught = {"soft": soft, "teacher_loss": -arrays[2][place], "teacher_entropy": entropy}
+        of_taught["teacher_correct"] = arrays[4][place]
+        source = batch["source_ids"][place]
+        for name, value in (of_all | (of_taught if taught else {})).items():
+            where = [f"sampled/{name}"] if own[place] else [name, f"{name}/source{source - 1}"]
+            for key in where if weight else []:
+                totals.setdefault(key, [0.0, 0.0])
+                totals[key][0] += weight * value
+                totals[key][1] += weight
+    np.testing.assert_allclose(sum(one for (one, _), _ in found), loss / batch["loss_weights"].sum(), rtol=1e-12)
+    given = without_empty_means(told, names)
+    means = {name for name in given if not name.startswith(("tokens", "targets")) and name not in ("tiles", SAMPLED)}
+    assert means == set(totals)
+    for name, (total, weight) in totals.items():
+        np.testing.assert_allclose(given[name], total / weight, rtol=1e-12, err_msg=name)
+    assert 0 < told["taught/source0"] < 1 and "soft/source1" not in given and given["taught/source1"] == 0
+    assert "loss/source1" in given and "loss/source2" not in given and told["targets/source2"] == 0
+
+
+def test_means_over_nothing_are_not_logged() -> None:
+    values = {"loss": 1.0, "soft": 2.0, "sampled/loss": 3.0, "sampled/soft": 4.0, "grad_norm": 5.0, "taught": 1.0}
+    of_data, of_own = {"loss", "soft", "taught"}, {"sampled/loss", "sampled/soft"}
+    for sampled, targets, gone in ((0.0, 8, of_own), (0.5, 8, set()), (1.0, 0, of_data)):
+        given = values | {SAMPLED: sampled, "targets/text": targets}
+        assert without_empty_means(given, ["text"]).keys() == given.keys() - gone
+    given = values | {"taught": 0.0, "targets/text": 8, SAMPLED: 0.5, "sampled/taught": 0.0}
+    assert without_empty_means(given, ["text"]).keys() == given.keys() - {"soft", "sampled/soft"}
+    of_source = {"loss/load": math.nan, "experts/load": [[1.0]], "tokens/load": 3, "targets/load": 0, "targets/text": 8}
+    assert without_empty_means(of_source, ["load", "text"]).keys() == of_source.keys() - {"loss/load"}
 
 
 def test_the_weight_moves_over_the_run() -> None:

@@ -35,7 +35,7 @@ from trainer.config import DistillConfig, ObjectiveConfig, OptimizerConfig, RunC
 from trainer.distillation import distillation_objective
 from trainer.objective import SAMPLED, extras_for, next_token_objective
 from trainer.optimizer import adamw
-from trainer.rollout import Rollout, to_write, without_empty_means, written
+from trainer.rollout import Rollout, to_write, written
 from trainer.sampling import Sampling
 from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton, Teacher, TrainState, loss_and_gradient, make_train_step
@@ -269,13 +269,6 @@ def test_the_loss_is_the_divergence_alone_on_what_the_student_wrote(divergence: 
     np.testing.assert_allclose(told[SAMPLED], np.sum(weights * own) / np.sum(weights))
     assert told["sampled/soft_weight"] == 1 and told["soft_weight"] < 0.3
     np.testing.assert_allclose(sum(told[f"targets/source{i}"] for i in range(SOURCES)), given.sum())
-
-
-def test_means_over_nothing_are_not_logged() -> None:
-    values = {"loss": 1.0, "soft": 2.0, "sampled/loss": 3.0, "sampled/soft": 4.0, "grad_norm": 5.0}
-    assert without_empty_means(values | {SAMPLED: 0.0}).keys() == {"loss", "soft", "grad_norm", SAMPLED}
-    assert without_empty_means(values | {SAMPLED: 0.5}).keys() == {*values, SAMPLED}
-    assert without_empty_means(values | {SAMPLED: 1.0}).keys() == {"sampled/loss", "sampled/soft", "grad_norm", SAMPLED}
 
 
 def test_a_student_comes_closer_to_its_teacher_on_what_it_writes() -> None:
