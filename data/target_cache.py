@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections import OrderedDict
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,8 +28,15 @@ from sharding.errors import UserError
 FORMAT = 1
 OPEN_SHARDS = 128
 """That a reader keeps open, each with a file descriptor."""
-NOTES = 20
-"""Damaged records that a reader keeps the names of."""
+NOTES = 5
+"""Missing segments that a reader names, and as many damaged records."""
+
+
+class Lack(StrEnum):
+    """Why there are no targets of a segment."""
+
+    MISSING = "missing"
+    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -161,12 +170,10 @@ def finished_shards(folder: Path, cache: bytes, verify: bool = True) -> list[tup
 
 
 class TargetCache:
-    """Reads a cache. Use it in a `with`, or close it.
+    """Reads a cache. Use it in a `with`, or close it. Threads may share it.
 
     Attributes:
         header: of the cache.
-        counts: segments `found`, `missing` and `damaged` so far.
-        notes: what was wrong with damaged records, the first of them.
     """
 
     def __init__(
@@ -183,7 +190,7 @@ class TargetCache:
         """
         Args:
             folder: of the cache.
-            missing: whether a segment that is missing or damaged raises, or is None and counted.
+            missing: whether a segment that is missing or damaged raises, or is answered with its `Lack`.
             tokenizer: digest of the one that the student has.
             teacher: `name` and `digest` of the one whose cache it has to be; names may differ.
             preprocessing: of the student's data.
@@ -219,9 +226,10 @@ class TargetCache:
                     f"{shard}: holds id {index.facts.largest_id:,}, expected ids below the student's vocab_size of "
                     f"{vocab_size:,}. Raise it to the teacher's {header.vocab_size:,}."
                 )
+        self._lock, self._closed = threading.Lock(), False
         self._readers: OrderedDict[int, Any] = OrderedDict()
-        self.counts = {"found": 0, "missing": 0, "damaged": 0}
-        self.notes: list[str] = []
+        self._notes: deque[str] = deque()
+        self._unnamed = dict.fromkeys(Lack, NOTES)
 
     def __enter__(self) -> Self:
         return self
@@ -233,8 +241,14 @@ class TargetCache:
         return _reopened, (self._folder, self._missing)
 
     def close(self) -> None:
-        while self._readers:
-            _close(self._readers.popitem()[1])
+        with self._lock:
+            self._closed = True
+            while self._readers:
+                _close(self._readers.popitem()[1])
+
+    def take_notes(self) -> list[str]:
+        """Names what was missing or damaged since the last call, of each kind the first `NOTES`. Does not wait for `get`."""
+        return [self._notes.popleft() for _ in range(len(self._notes))]
 
     @property
     def progress(self) -> Progress:
@@ -246,22 +260,30 @@ class TargetCache:
         """What it took to make it; raises `UserError` where a file that says so is damaged."""
         return Cost.of(self._shards)
 
-    def get(self, digests: Sequence[bytes]) -> list[Targets | None]:
-        """The targets of these segments.
+    def get(self, digests: Sequence[bytes]) -> list[Targets | Lack]:
+        """The targets of these segments; with `missing` "hard", why there are none.
 
         Raises:
             UserError: with `missing` "fail", a segment is missing or its record damaged.
+            ValueError: the cache is closed.
         """
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self._folder}: the cache is closed")
+            return self._get(digests)
+
+    def _get(self, digests: Sequence[bytes]) -> list[Targets | Lack]:
         shards, places = self._find(digests)
-        if (absent := np.flatnonzero(shards < 0)).size:
-            if self._missing == "fail":
-                raise UserError(
-                    f"{self._folder}: has no targets for segment {digests[absent[0]].hex()}, and {absent.size:,} of "
-                    f"{len(digests):,} asked for. Was it made from the same data, with the same preprocessing, to the end? "
-                    "`drover teach` goes on with it; or let missing segments fall back to hard targets."
-                )
-            self.counts["missing"] += absent.size
-        found: list[Targets | None] = [None] * len(digests)
+        absent = np.flatnonzero(shards < 0)
+        if absent.size and self._missing == "fail":
+            raise UserError(
+                f"{self._folder}: has no targets for segment {digests[absent[0]].hex()}, and {absent.size:,} of "
+                f"{len(digests):,} asked for. Was it made from the same data, with the same preprocessing, to the end? "
+                "`drover teach` goes on with it; or let missing segments fall back to hard targets."
+            )
+        for i in absent:
+            self._note(Lack.MISSING, f"{self._folder}: has no targets for segment {digests[i].hex()}")
+        found: list[Targets | Lack] = [Lack.MISSING] * len(digests)
         for shard in np.unique(shards[shards >= 0]).tolist():
             wanted = np.flatnonzero(shards == shard).tolist()
             records = self._read(shard, [int(places[i]) for i in wanted])
@@ -270,9 +292,15 @@ class TargetCache:
                     if isinstance(record, Exception):
                         raise Damaged(str(record))
                     found[i] = decode(record, self._form, digests[i])
-                    self.counts["found"] += 1
                 except Damaged as error:
-                    self._tell(f"{self._shards[shard][0]}: record {places[i]} is damaged ({error})")
+                    note = f"{self._shards[shard][0]}: record {places[i]} is damaged ({error})"
+                    if self._missing == "fail":
+                        raise UserError(
+                            f"{note}. Copy the file again; or remove it and its index, and `drover teach` makes them again; "
+                            "or let damaged records fall back to hard targets."
+                        ) from error
+                    self._note(Lack.DAMAGED, note)
+                    found[i] = Lack.DAMAGED
         return found
 
     def _find(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -307,15 +335,11 @@ class TargetCache:
         self._readers.move_to_end(shard)
         return self._readers[shard]
 
-    def _tell(self, note: str) -> None:
-        if self._missing == "fail":
-            raise UserError(
-                f"{note}. Copy the file again; or remove it and its index, and `drover teach` makes them again; or let "
-                "damaged records fall back to hard targets."
-            )
-        self.counts["damaged"] += 1
-        if len(self.notes) < NOTES:
-            self.notes.append(note)
+    def _note(self, lack: Lack, text: str) -> None:
+        if self._unnamed[lack]:
+            self._unnamed[lack] -= 1
+            last = "" if self._unnamed[lack] else f"; others that are {lack} are counted, and not named"
+            self._notes.append(f"{text}{last}")
 
 
 def _reopened(folder: Path, missing: Literal["fail", "hard"]) -> TargetCache:

@@ -46,19 +46,13 @@ class Asked:
 
         self._run: Any = jax.jit(run_on)
 
-    def shapes(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
         """Traces the teacher over a batch of these shapes; returns those of what a student gets."""
         return _learned(jax.eval_shape(self._run, self._teacher.params, self._teacher.router_bias, batch))
 
-    def compile(self, example: Batch) -> dict[str, jax.ShapeDtypeStruct]:
-        """Compiles for whole batches like this one, with the keys of draws; returns the shapes of what a student gets."""
-        batch = {
-            name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
-            for name, sharding in self._mesh.batch(example).items()
-        }
-        lowered = self._run.lower(self._teacher.params, self._teacher.router_bias, batch)
-        self._run = lowered.compile()
-        return _learned(lowered.out_info)
+    def compile(self, batch: Mapping[str, Any]) -> None:
+        """Compiles for whole batches like this one, of which shapes, dtypes and shardings count, with the keys of draws."""
+        self._run = self._run.lower(self._teacher.params, self._teacher.router_bias, dict(batch)).compile()
 
     def put(self, share: Batch) -> dict[str, jax.Array]:
         """This process's rows of a batch, with the keys of their draws, on the teacher's devices."""

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from data.target_cache import Lack
 from trainer.config import RunConfig
 from trainer.report_scores import CONDITIONS, question_scores
 from trainer.report_text import compact, count, duration, percent
@@ -171,7 +172,7 @@ class Console:
         # The fields stand in the same columns in every line, so that the eye can run down them.
         fields = [
             f"{self._step(record['step'])}  train     {losses}",
-            *(f"from teacher {x:.4f}" for x in _present(record, "soft")),
+            *(f"from teacher {_divergence(record):<6}" for _ in _present(record, "taught")),
             *(f"lr {x:.2e}" for x in _present(record, "learning_rate")),
             *(f"grad {x:<7.3f}" for x in _present(record, "grad_norm")),
             *(f"{compact(x):>7} tok/s" for x in _present(record, "time/tokens_per_s")),
@@ -180,6 +181,7 @@ class Console:
             *(f"for teacher {percent(x):>6}" for x in _present(record, "time/teacher_wait")),
             *(f"busiest expert {x:4.1f}x" for x in _present(record, "experts/imbalance")),
             *(f"skipped {x}" for x in _present(record, "skipped") if x),
+            *(f"targets {kind} {x}" for kind in Lack for x in _present(record, f"cache/{kind}") if x),
             *([f"ETA {self._eta()}"] if self._eta() else []),
         ]
         return "  ".join(fields)
@@ -200,9 +202,10 @@ class Console:
         row("held-out", *(f"{name} {value:.4f}" for name, value in _losses(held_out)), *bits, *at)
         row(
             "teacher",
-            *(f"divergence {x:.4f}" for x in _present(train, "soft")),
+            *(f"divergence {_divergence(train)}" for _ in _present(train, "taught")),
             *(f"its weight {x:.2f}" for x in _present(train, "soft_weight")),
             *(f"the teacher's loss {x:.4f}" for x in _present(train, "teacher_loss")),
+            *((f"targets {kind} {x}", "bold red") for kind in Lack for x in _present(train, f"cache/{kind}") if x),
             *(f"MFU of its devices {percent(x)}" for x in _present(train, "time/teacher_mfu")),
             *((f"waited for {percent(x)}", "yellow" if x > 0.1 else "") for x in _present(train, "time/teacher_wait")),
         )
@@ -253,6 +256,11 @@ class Console:
 
 def _losses(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     return [(key.removeprefix("loss/"), record[key]) for key in record if key == "loss" or key.startswith("loss/")]
+
+
+def _divergence(record: Mapping[str, Any]) -> str:
+    """From the teacher, who may have said nothing of the step's tokens."""
+    return f"{record['soft']:.4f}" if "soft" in record else "-"
 
 
 def _present(record: Mapping[str, Any], key: str) -> list[Any]:

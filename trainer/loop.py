@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,14 @@ from trainer.placement import memory_line, place_student_and_teacher
 from trainer.processes import anyone_says, check_same, is_leader, leader_says
 from trainer.progress import prepare_bar
 from trainer.report import write_report
-from trainer.report_text import duration
+from trainer.report_text import duration, without_targets
 from trainer.rollout import Rollout
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
 from trainer.sections import to_plain
 from trainer.signals import StopRequest
 from trainer.step import Skeleton, Teacher, TrainState, make_eval_step, make_train_step
-from trainer.targets import CachedSource, DrawKeys, header_of
+from trainer.targets import OUTCOME, OUTCOMES, CachedSource, DrawKeys, abstract_batch, header_of, outcomes
 from trainer.teacher import load_teacher
 
 TERMINATED = 128 + signal.SIGTERM
@@ -142,6 +142,7 @@ class Run:
         stack.callback(self.checkpoints.close)
         start = self.checkpoints.latest() or 0
         saved = self.checkpoints.metadata(start) if start else {}
+        self.looked_up = {name: saved.get("looked_up", {}).get(name, 0) for name in OUTCOMES}
         self.journal = continued(saved.get("journal", ()), run.data, start)
         with prepare_bar("preparing built-in data") as tell:
             self.dataset = build_dataset(
@@ -173,7 +174,10 @@ class Run:
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
         self._load_teacher(state_shapes)
-        check_same("config, data or tokenizer", f"{to_plain(run)} {self._data_facts()} {start}")
+        cache = self.cached and self.cached.header.digest.hex()
+        check_same(
+            "config, data, tokenizer or cache of targets", f"{to_plain(run)} {self._data_facts()} {start} {cache}"
+        )
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
         self.start = start
@@ -245,30 +249,23 @@ class Run:
             state: TrainState, batch: dict[str, jax.Array], stop_P: jax.Array, teacher: Teacher | None
         ) -> tuple[TrainState, dict[str, jax.Array]]:
             state, sums = train_step(state, batch, teacher)
+            found = {OUTCOME: outcomes(batch[OUTCOME])} if OUTCOME in batch else {}
             # Whether any process was asked to stop goes through the step, so that all learn it at the same one.
-            return state, metrics(sums, names) | {"stop": jnp.sum(stop_P)}
+            return state, metrics(sums, names) | found | {"stop": jnp.sum(stop_P)}
 
-        example = empty_batch(self.run.data, self.run.media, self.run.data.batch_size)
-
-        def shapes(example: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-            return {
-                name: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype, sharding=sharding)
-                for name, sharding in self.mesh.batch(example).items()
-            }
-
-        lessons = self.lessons(example)
+        run, mesh = self.run, self.mesh
+        batch, plain = abstract_batch(run, mesh), abstract_batch(dataclasses.replace(run, distill=None), mesh)
         if self.asked:
-            lessons = example | self.asked.compile(lessons)
-        batch, plain = shapes(lessons), shapes(example)
+            self.asked.compile(abstract_batch(run, self.teacher_mesh, asked=True))
         if self.rollout:
             self.rollout.compile(self.state, batch)
             batch = self.rollout.shapes(batch)
         # Named, or the compiler might move what it gives back, which the next step could not take.
-        outputs = jax.tree.map(lambda array: array.sharding, self.state), self.mesh.everywhere
+        outputs = jax.tree.map(lambda array: array.sharding, self.state), mesh.everywhere
         compiled_step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
         compiled_step = compiled_step.lower(self.state, batch, self._flags[False], self.teacher).compile()
         weights = (self.state.params, self.state.router_bias)
-        return compiled_step, jax.jit(eval_step, out_shardings=self.mesh.everywhere).lower(*weights, plain).compile()
+        return compiled_step, jax.jit(eval_step, out_shardings=mesh.everywhere).lower(*weights, plain).compile()
 
     def _facts(self, origin: str) -> dict[str, Any]:
         counts, mesh, device = parameter_counts(self.run.model), self.mesh, self.mesh.devices[0]
@@ -337,6 +334,8 @@ class Run:
             self._tell_if_saved()
             if first:
                 self._announce()
+            for note in self.cached.take_notes() if self.cached else ():
+                self.console.message(note)
             if evaluating:
                 self._evaluate(step)
             stopping = pending is None and self.stopping
@@ -358,6 +357,9 @@ class Run:
         now = time.perf_counter()
         seconds, self.last_done = now - self.last_done, now
         in_a_row, self.stopping = int(values.pop("skipped_in_a_row")), bool(values.pop("stop"))
+        if OUTCOME in values:
+            for name, number in zip(OUTCOMES, np.asarray(values.pop(OUTCOME)).tolist(), strict=True):
+                self.looked_up[name] += number
         if pending.step % self.run.log.every_steps == 0 or pending.step in (1, self.run.steps) or in_a_row:
             values = without_empty_means(values, self.dataset.source_names)
             amounts = float(values["tokens"]), float(values["tiles"]), float(values.get("audio_windows", 0))
@@ -379,8 +381,7 @@ class Run:
             seen = {"packing": tokens / slots, "slots_seen": pending.step * slots}
             if teachers:
                 seen |= {"flops": flops + teachers, "teacher_flops": teachers}
-            if self.cached:
-                seen |= {f"cache/{name}": number for name, number in self.cached.counts.items()}
+            seen |= self._cache_counts()
             seen |= {f"epochs/{name}": epochs for name, epochs in self.dataset.epochs(pending.fed.where).items()}
             self.logger.write({"kind": "train", "step": pending.step} | values | seen | clock)
         if in_a_row >= self.run.optimizer.max_skipped:
@@ -389,6 +390,10 @@ class Run:
                 "(optimizer.max_skipped). Nothing was learned in these steps. Lower optimizer.peak_lr, set or lower "
                 f"optimizer.clip_norm, or look at batches {pending.step - in_a_row} to {pending.step - 1}."
             )
+
+    def _cache_counts(self) -> dict[str, int]:
+        """Segments of the run so far that were looked up in the cache, by what came of it."""
+        return {f"cache/{name}": number for name, number in self.looked_up.items()} if self.cached else {}
 
     def _evaluate(self, step: int) -> None:
         start = time.perf_counter()
@@ -417,6 +422,7 @@ class Run:
             "next_batch": int(self.state.step),
             "data_position": self.dataset.plain_position(self.where),
             "journal": self.journal,
+            "looked_up": dict(self.looked_up),
             "tokenizer_digest": self.dataset.tokenizer.digest,
         } | self._data_facts()
 
@@ -454,6 +460,8 @@ class Run:
             decoder = Decoder(Skeleton(run.model), params, bias)
             tokenizer = self.dataset.tokenizer
             evaluation |= question_scores(decoder, tokenizer, run.data, run.media, asked, run.eval.questions)
+        if lacking := without_targets(self._cache_counts()):
+            self.console.message(f"cache of targets: {lacking}")
         self.logger.flush()
         if self.leader:
             write_json(self.directory.evaluation, evaluation)

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from data.mixture import names
-from data.pipeline import empty_batch
 from data.target_cache import Header, describe
 from data.target_estimate import MEAN_ENTROPY, bytes_per_token
 from model.config import ModelConfig
@@ -33,7 +32,7 @@ from trainer.objective import metrics
 from trainer.placement import copies, copies_line, planned_student_and_teacher
 from trainer.report_text import compact, percent
 from trainer.step import Skeleton, Teacher, make_train_step
-from trainer.targets import DrawKeys, check_recipe, empty_targets, header_of
+from trainer.targets import abstract_batch, check_recipe, header_of
 from trainer.teacher import check_can_teach, differences, known_model, teacher_skeleton
 
 HOSTS = (8, 4)
@@ -121,24 +120,6 @@ def _of_the_teacher(run: RunConfig, taught: Teacher) -> dict[str, int]:
         "teacher_gathered": gathered_bytes(taught.skeleton),
     }
     return parts | {"total": sum(parts.values())}
-
-
-def abstract_batch(run: RunConfig, mesh: DeviceMesh, asked: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what a step of the run takes, targets of a teacher or their keys included.
-
-    `asked`: of what a teacher on devices of its own takes.
-    """
-    distill = run.distill
-    row = empty_batch(run.data, run.media, 1)
-    if distill and distill.source != "mesh" and not asked:
-        row |= empty_targets(1, run.data.sequence_length, distill.draws or distill.top_k)
-    elif distill and distill.sparse:
-        row = DrawKeys(header_of(run, distill, "", {}))(row)
-    shardings = mesh.batch(row)
-    return {
-        name: jax.ShapeDtypeStruct((run.data.batch_size, *array.shape[1:]), array.dtype, sharding=shardings[name])
-        for name, array in row.items()
-    }
 
 
 def trace(run: RunConfig, skeleton: Skeleton, state: Any, batch: Any, teacher: Teacher | None) -> Any:

@@ -15,7 +15,7 @@ from trainer.report_charts import Series, Style, line_chart, question_chart, sho
 from trainer.report_experts import heat_map, scale
 from trainer.report_page import figure, legend, page, row, section, tile
 from trainer.report_scores import CONDITIONS, AttributeScores, question_scores
-from trainer.report_text import compact, count, duration, percent
+from trainer.report_text import compact, count, duration, percent, without_targets
 from trainer.rundir import RunDirectory, read_json
 
 Records = Sequence[Mapping[str, Any]]
@@ -217,6 +217,8 @@ def _lessons(train: Records, cache: Mapping[str, Any] | None) -> str:
         run, own = (sum(record.get(name, 0) for record in train) for name in ("flops", "teacher_flops"))
         return f"{text}, which took {percent(own / run)} of the FLOPs of the run." if run else f"{text}."
     text = f"{share} of the tokens had targets from the cache, where one takes {cache['bytes_per_token']:.1f} bytes"
+    if lacking := without_targets(taught[-1]):
+        text = f"{lacking}; {text}"
     known, seconds = cache["tokens_of_known_cost"], cache["device_seconds"]
     if not known:
         return f"{text}; what teaching cost is not known."

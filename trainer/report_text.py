@@ -1,5 +1,8 @@
 """Numbers as people read them; shared by the console and the report."""
 
+from collections.abc import Mapping
+from typing import Any
+
 _PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -35,6 +38,17 @@ def duration(seconds: float) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """0.231 -> "23.1 %"."""
     return f"{100 * share:.{digits}f} %"
+
+
+def without_targets(record: Mapping[str, Any]) -> str:
+    """How many segments a cache of targets had nothing for, by a record of the metrics; empty where that is none."""
+    found, missing, damaged = (record.get(f"cache/{name}", 0) for name in ("found", "missing", "damaged"))
+    if not missing + damaged:
+        return ""
+    return (
+        f"{missing + damaged:,} of {found + missing + damaged:,} segments had no targets ({missing:,} missing, {damaged:,} "
+        "damaged), and were learned from the next token alone"
+    )
 
 
 def _three_digits(value: float) -> str:

@@ -1,6 +1,6 @@
 """A teacher's targets beside the batches: the keys of its draws, and what it has said before.
 
-Letters: B rows, S sequence, K ids of a sparse target.
+Letters: B rows, S sequence, K ids of a sparse target, O outcomes of a look-up.
 """
 
 from collections.abc import Mapping
@@ -8,15 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from data.pipeline import Batch
-from data.target_cache import Header, TargetCache
+from data.pipeline import Batch, empty_batch
+from data.target_cache import Header, Lack, TargetCache
 from data.target_digests import Segment, segment_digests, token_keys
 from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import KEYS, CachedTargets
 from trainer.teacher import identity
+
+OUTCOMES = ("found", *Lack)
+"""What may come of it when a segment is looked up in a cache."""
+OUTCOME = "soft_outcome"
+"""Of a batch: at the first token of each segment 1 + the place in `OUTCOMES`, at others 0; int8 [B, S]."""
 
 
 def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, teacher: Mapping[str, Any]) -> Header:
@@ -56,6 +64,30 @@ def empty_targets(rows: int, length: int, slots: int) -> Batch:
         np.zeros((rows, length), bool),
     )
     return dict(zip(CachedTargets._fields, arrays, strict=True))
+
+
+def outcomes(outcome_BS: jax.Array) -> jax.Array:
+    """How many of a batch's segments had each of `OUTCOMES`, int32 [O]."""
+    return jnp.stack([jnp.sum(outcome_BS == 1 + i, dtype=jnp.int32) for i in range(len(OUTCOMES))])
+
+
+def abstract_batch(run: RunConfig, mesh: DeviceMesh, asked: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what a step of the run takes, targets of a teacher or their keys included.
+
+    `asked`: of what a teacher on devices of its own takes.
+    """
+    distill, length = run.distill, run.data.sequence_length
+    row = empty_batch(run.data, run.media, 1)
+    if distill and distill.source != "mesh" and not asked:
+        row |= empty_targets(1, length, distill.draws or distill.top_k)
+        row |= {OUTCOME: np.zeros((1, length), np.int8)} if distill.source == "cache" else {}
+    elif distill and distill.sparse:
+        row = DrawKeys(header_of(run, distill, "", {}))(row)
+    shardings = mesh.batch(row)
+    return {
+        name: jax.ShapeDtypeStruct((run.data.batch_size, *array.shape[1:]), array.dtype, sharding=shardings[name])
+        for name, array in row.items()
+    }
 
 
 class DrawKeys:
@@ -104,13 +136,14 @@ class CachedSource:
             self.origin += f"; not compared with {distill.teacher}, which is not there"
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with the arrays of `CachedTargets`."""
+        """The batch with the arrays of `CachedTargets`, and `OUTCOME`."""
         B, S = batch["tokens"].shape
         segments = segment_digests(batch, self._segment_recipe)
-        arrays = empty_targets(B, S, self._slots)
+        arrays = empty_targets(B, S, self._slots) | {OUTCOME: np.zeros((B, S), np.int8)}
         found = self._cache.get([segment.digest for segment in segments])
         for (row, start, stop, _), targets in zip(segments, found, strict=True):
-            if targets is None:
+            arrays[OUTCOME][row, start] = 1 + OUTCOMES.index(targets if isinstance(targets, Lack) else "found")
+            if isinstance(targets, Lack):
                 continue
             here = row, slice(start, stop)
             used = targets.rows(np.ones(len(targets.ids), bool), self._slots)
@@ -133,10 +166,9 @@ class CachedSource:
             "tokens_of_known_cost": cost.tokens,
         }
 
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Segments found, missing and damaged so far."""
-        return self._cache.counts
+    def take_notes(self) -> list[str]:
+        """The first of the segments that this process found missing or damaged since the last call, a line each."""
+        return self._cache.take_notes()
 
     def close(self) -> None:
         self._cache.close()

@@ -5,8 +5,10 @@ import json
 import pickle
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from data import target_cache
-from data.target_cache import Header, TargetCache, describe
+from data.target_cache import NOTES, Header, Lack, TargetCache, describe
 from data.target_index import ShardIndex
 from data.target_records import Targets
 from data.target_writer import TargetWriter
@@ -28,7 +30,6 @@ def test_what_was_written_is_found_by_its_digest_in_any_order(whole) -> None:
     with TargetCache(whole) as cache:
         for found, i in zip(cache.get([DIGESTS[i] for i in order]), order, strict=True):
             assert same(found, i) and not same(found, (i + 1) % SEGMENTS)
-        assert cache.counts == {"found": 300, "missing": 0, "damaged": 0}
         assert cache.get([]) == []
         again = pickle.loads(pickle.dumps(cache))
     assert same(again.get([DIGESTS[3]])[0], 3)
@@ -52,7 +53,7 @@ def test_digests_that_begin_alike_are_told_apart(tmp_path) -> None:
     with TargetCache(tmp_path, "hard") as cache:
         others = [b"8 bytes." + i.to_bytes(8, "big") for i in (0, 4, 10, 2**64 - 1)] + [bytes(16), bytes([255] * 16)]
         assert all(same(found, i) for i, found in enumerate(cache.get(digests)))
-        assert cache.get(others) == [None] * 6
+        assert cache.get(others) == [Lack.MISSING] * 6
 
 
 def test_shards_are_as_large_as_they_may_be_and_their_indexes_sorted(whole) -> None:
@@ -137,7 +138,7 @@ def test_an_empty_cache_is_described(tmp_path) -> None:
         pass
     assert describe(tmp_path)["segments"] == 0
     with TargetCache(tmp_path, "hard") as cache:
-        assert cache.get([digest(0)]) == [None]
+        assert cache.get([digest(0)]) == [Lack.MISSING]
 
 
 def test_the_weights_of_top_k_and_of_a_proposal_are_kept(tmp_path) -> None:
@@ -151,7 +152,11 @@ def test_the_weights_of_top_k_and_of_a_proposal_are_kept(tmp_path) -> None:
             writer.add([digest(0)], [given])
         with TargetCache(tmp_path / name) as cache:
             [found] = cache.get([digest(0)])
-        assert found is not None and found.weights is not None and found.weights.tolist() == [0.25, 0.5, 0.125, 1.125]
+        assert (
+            isinstance(found, Targets)
+            and found.weights is not None
+            and found.weights.tolist() == [0.25, 0.5, 0.125, 1.125]
+        )
 
 
 @pytest.mark.parametrize(
@@ -262,8 +267,8 @@ def test_an_index_that_is_not_verified_leads_to_no_wrong_targets(cache) -> None:
         path.write_bytes(wrong)
         with TargetCache(cache, "hard", verify=False) as reader:
             found = reader.get(DIGESTS)
-            assert all(each is None or same(each, i) for i, each in enumerate(found))
-            assert sum(each is None for each in found) == reader.counts["missing"] + reader.counts["damaged"] <= 13
+            assert all(isinstance(each, Lack) or same(each, i) for i, each in enumerate(found))
+            assert sum(isinstance(each, Lack) for each in found) <= 13
 
 
 def test_a_record_of_another_segment_is_not_taken_for_the_one_asked_for(cache) -> None:
@@ -273,9 +278,9 @@ def test_a_record_of_another_segment_is_not_taken_for_the_one_asked_for(cache) -
     path.write_bytes(data[:at] + index.places[::-1].tobytes() + data[at + 4 * R :])
     with TargetCache(cache, "hard", verify=False) as reader:
         found = reader.get(DIGESTS)
-        assert reader.counts["damaged"] == R - R % 2
-        assert all(each is None or same(each, i) for i, each in enumerate(found))
-        assert "found the record of segment" in reader.notes[0]
+        assert found.count(Lack.DAMAGED) == R - R % 2
+        assert all(each == Lack.DAMAGED or same(each, i) for i, each in enumerate(found))
+        assert "found the record of segment" in reader.take_notes()[0]
 
 
 def test_damaged_records_are_named_and_the_others_still_come(cache) -> None:
@@ -289,10 +294,9 @@ def test_damaged_records_are_named_and_the_others_still_come(cache) -> None:
     shard.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
     with TargetCache(cache, "hard") as reader:
         found = reader.get(DIGESTS)
-        assert [i for i in range(SEGMENTS) if found[i] is None] == [victim]
+        assert found[victim] == Lack.DAMAGED
         assert all(same(each, i) for i, each in enumerate(found) if i != victim)
-        assert reader.counts == {"found": SEGMENTS - 1, "missing": 0, "damaged": 1}
-        [note] = reader.notes
+        [note] = reader.take_notes()
         assert f"000001.array_record: record {places[victim]} is damaged" in note
     with TargetCache(cache) as reader:
         assert same(reader.get([DIGESTS[in_shard[4]]])[0], in_shard[4])
@@ -313,27 +317,52 @@ def test_a_shard_with_any_bytes_changed_gives_what_it_has_or_says_so(cache) -> N
         shard.write_bytes(changed)
         with TargetCache(cache, "hard") as reader:
             found = reader.get(DIGESTS)
-            assert all(each is None or same(each, i) for i, each in enumerate(found))
-            harmed += reader.counts["damaged"] > 0
-            assert sum(each is None for each in found) == reader.counts["damaged"] <= 20
+            assert all(each == Lack.DAMAGED or same(each, i) for i, each in enumerate(found))
+            harmed += Lack.DAMAGED in found
+            assert found.count(Lack.DAMAGED) <= 20
     assert harmed > 20
 
 
 def test_a_record_whose_bytes_are_right_for_the_file_but_not_for_the_cache_is_refused(cache, monkeypatch) -> None:
     with TargetCache(cache, "hard") as reader:
         monkeypatch.setattr(reader, "_read", lambda shard, places: [b"x" * 50 for _ in places])
-        assert reader.get([DIGESTS[0]]) == [None]
-        assert "record 0 is damaged (the checksum does not fit the bytes)" in reader.notes[0]
+        assert reader.get([DIGESTS[0]]) == [Lack.DAMAGED]
+        assert "record 0 is damaged (the checksum does not fit the bytes)" in reader.take_notes()[0]
 
 
-def test_missing_segments_fail_with_their_number_or_are_counted(whole) -> None:
+def test_missing_segments_fail_with_their_number_or_are_named(whole) -> None:
     asked = [DIGESTS[0], digest(1000), DIGESTS[1], digest(1001)]
     with TargetCache(whole) as cache:
         expected = rf"{whole}: has no targets for segment {digest(1000).hex()}, and 2 of 4 asked for"
         with pytest.raises(UserError, match=expected):
             cache.get(asked)
     with TargetCache(whole, "hard") as cache:
-        for _ in range(2):
-            found = cache.get(asked)
-            assert found[1] is None and found[3] is None and same(found[0], 0) and same(found[2], 1)
-        assert cache.counts == {"found": 4, "missing": 4, "damaged": 0}
+        found = cache.get(asked)
+        assert found[1] == found[3] == Lack.MISSING and same(found[0], 0) and same(found[2], 1)
+        said = [f"{whole}: has no targets for segment {digest(i).hex()}" for i in range(1000, 1000 + NOTES)]
+        assert cache.take_notes() == said[:2]
+        cache.get([digest(i) for i in range(1002, 1100)])
+        *rest, last = cache.take_notes()
+        assert rest == said[2:-1] and last == f"{said[-1]}; others that are missing are counted, and not named"
+        cache.get([digest(2000)])
+        assert cache.take_notes() == []
+
+
+def test_threads_that_share_a_cache_close_no_shard_that_another_reads(whole, monkeypatch) -> None:
+    """One may be open at a time, and reading takes its time."""
+    monkeypatch.setattr(target_cache, "OPEN_SHARDS", 1)
+    read, closed = TargetCache._reader, []
+
+    def slowly(self: TargetCache, shard: int) -> Any:
+        reader = read(self, shard)
+        time.sleep(0.001)
+        closed.append(shard not in self._readers)
+        return reader
+
+    monkeypatch.setattr(TargetCache, "_reader", slowly)
+    with TargetCache(whole) as cache, ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(lambda i: cache.get([DIGESTS[i]])[0], range(SEGMENTS))):
+            assert same(found, i)
+    assert len(closed) >= SEGMENTS and not any(closed)
+    with pytest.raises(ValueError, match="the cache is closed"):
+        cache.get([DIGESTS[0]])

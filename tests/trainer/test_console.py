@@ -83,6 +83,20 @@ def test_a_terminal_has_a_live_panel_with_everything():
     assert "a message above" in text and "a message above" not in panel
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_cache_of_targets_lacks_is_shown(terminal: bool) -> None:
+    def line(**metrics: object) -> str:
+        text = shown(act=lambda console: console.record(records()[0] | metrics), terminal=terminal, width=160)
+        return last_panel(text) if terminal else text
+
+    whole = line(taught=1.0, soft=0.25, **{"cache/found": 8, "cache/missing": 0, "cache/damaged": 0})
+    none = line(taught=0.0, **{"cache/found": 8, "cache/missing": 7, "cache/damaged": 1})
+    word = "divergence" if terminal else "from teacher"
+    assert f"{word} 0.2500" in whole and "missing" not in whole and "damaged" not in whole
+    assert f"{word} - " in none and re.search("targets missing 7 +targets damaged 1", none)
+    assert word not in line() and (terminal or whole.index("lr ") == none.index("lr "))
+
+
 def test_the_cursor_is_visible_while_it_runs_so_that_leaving_at_once_leaves_it_so():
     file = io.StringIO()
     with Console(RUN, Path("runs/tiny"), FACTS, file=file, terminal=True, width=80) as console:

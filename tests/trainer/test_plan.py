@@ -28,9 +28,10 @@ from trainer.hf.config import read_model_config
 from trainer.initialise import abstract_state
 from trainer.memory import tree_bytes
 from trainer.placement import place_run, place_student_and_teacher, planned_mesh
-from trainer.plan import abstract_batch, gathered_bytes, plan_run, show_plan, trace
+from trainer.plan import gathered_bytes, plan_run, show_plan, trace
 from trainer.sections import resolve
 from trainer.step import Skeleton, Teacher
+from trainer.targets import abstract_batch
 from trainer.teacher import known_model, teacher_skeleton
 
 DEVICES = 4096
@@ -186,7 +187,7 @@ def test_a_teacher_in_int8_and_one_in_the_memory_of_the_host_are_planned() -> No
 
 def test_a_step_that_cannot_be_traced_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     run = small(source="cache", cache="nowhere")
-    monkeypatch.setattr(plan, "empty_targets", lambda *_: {})
+    monkeypatch.setattr("trainer.targets.empty_targets", lambda *_: {})
     with pytest.raises(AssertionError):  # neither targets nor a teacher
         plan_run(run, 8)
 

@@ -172,6 +172,16 @@ def test_what_the_cache_of_a_teacher_cost_is_said() -> None:
     said = "c, of t. 83.3 % of the tokens had targets from the cache, where one takes 16.4 bytes; "
     facts = {"teacher": "c, of t", "teacher_cache": cache}
     assert lessons(facts) == said + "making them took 50:00 min of device time (2.00 tokens/s a device)."
+    counts = {
+        "cache/found": [8, 15, 23, 30, 38, 1900],
+        "cache/missing": [0, 1, 1, 1, 1, 98],
+        "cache/damaged": [0] * 5 + [2],
+    }
+    lacking = (
+        "100 of 2,000 segments had no targets (98 missing, 2 damaged), and were learned from the next token alone; "
+    )
+    assert lessons(facts, **counts) == lessons(facts).replace("83.3 %", f"{lacking}83.3 %")
+    assert lessons(facts, **counts | {"cache/missing": [0] * 6, "cache/damaged": [0] * 6}) == lessons(facts)
     cache["tokens_of_known_cost"] = 3000
     assert (
         lessons(facts)

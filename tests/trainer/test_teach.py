@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +20,20 @@ import pytest
 
 import trainer.teach
 from data.pipeline import build_dataset
-from data.target_cache import TargetCache, describe
+from data.target_cache import NOTES, TargetCache, describe
+from data.target_digests import Segment
+from data.target_records import Targets
+from data.target_writer import TargetWriter
+from sharding.config import MeshConfig
 from sharding.errors import UserError
+from tests.oracle_cases import FAST_COMPILE
 from tests.trainer.processes import finish, metrics, start, wait_until
 from tests.trainer.saved_run import nano, save_run
 from trainer.config import DistillConfig
 from trainer.flops import flops_per_token
+from trainer.loop import Run, train
 from trainer.report_text import percent
-from trainer.targets import CachedSource, DrawKeys
+from trainer.targets import OUTCOMES, CachedSource, DrawKeys, header_of
 from trainer.teach import teach
 from trainer.teacher import identity
 
@@ -53,13 +61,6 @@ def learn(workdir: Path, teacher: Path, *others: str) -> Any:
     return start(workdir, *options(teacher, *others), config="tests/nano.py", steps=6)
 
 
-def records(workdir: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in record.items() if not name.startswith(("time/", "cache/"))}
-        for record in metrics(workdir)
-    ]
-
-
 @pytest.fixture(scope="module")
 def cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
@@ -83,7 +84,7 @@ def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
     source = ("--config.distill.source=cache", f"--config.distill.cache={cache}")
     output = finish(learn(tmp_path / "cached", teacher, *source))
     assert f"{cache}, of {teacher.name}, step 6" in output
-    beside, cached = records(tmp_path / "beside"), records(tmp_path / "cached")
+    beside, cached = metrics(tmp_path / "beside"), metrics(tmp_path / "cached")
     assert [record["step"] for record in beside] == [record["step"] for record in cached]
     for ours, theirs in zip(cached, beside, strict=True):
         for name in ("loss", "grad_norm", "soft", "soft_weight", "taught", "teacher_loss", "teacher_entropy"):
@@ -101,7 +102,7 @@ def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
     page = (tmp_path / "beside" / "report.html").read_text()
     assert f"100.0 % of the tokens had targets from the teacher beside the student, which took {percent(own)}" in page
     train = [record for record in metrics(tmp_path / "cached") if record["kind"] == "train"]
-    assert train[0]["taught"] == 1 and train[-1]["cache/missing"] == 0 < train[-1]["cache/found"]
+    assert train[0]["taught"] == 1 and [record["cache/found"] for record in train] == [8, 16, 24, 32, 40, 48]
 
 
 @pytest.mark.slow
@@ -146,7 +147,7 @@ def test_a_student_that_was_killed_goes_on_as_if_it_had_not_been(
             process = learn(tmp_path / name, teacher, *words)
         output = finish(process)
     assert re.search("own checkpoint, step [2345]", output), output
-    whole, killed = (records(tmp_path / name) for name in ("whole", "killed"))
+    whole, killed = (metrics(tmp_path / name) for name in ("whole", "killed"))
     assert whole == killed and [record["step"] for record in whole if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
@@ -175,7 +176,7 @@ def test_a_mesh_keeps_what_one_device_does(
         assert len(digests) == 8
         same = []
         for ours, theirs in zip(mesh.get(digests), alone.get(digests), strict=True):
-            assert ours and theirs and ours.tokens == theirs.tokens
+            assert isinstance(ours, Targets) and isinstance(theirs, Targets) and ours.tokens == theirs.tokens
             np.testing.assert_allclose(ours.target_log_prob, theirs.target_log_prob, atol=4e-3)  # a float16 near 5
             rows = [targets.rows(targets.ids, 12) for targets in (ours, theirs)]
             same += np.all(rows[0] == rows[1], axis=1).tolist()
@@ -189,11 +190,74 @@ def test_segments_that_are_missing_end_the_run_or_are_learned_hard_and_counted(t
     source = ("--config.distill.source=cache", f"--config.distill.cache={half}")
     output = finish(learn(tmp_path / "fails", teacher, *source), status=2)
     assert f"{half}: has no targets for segment" in output and "`drover teach` goes on with it" in output
-    finish(learn(tmp_path / "hard", teacher, *source, "--config.distill.missing=hard"))
+    output = finish(learn(tmp_path / "hard", teacher, *source, "--config.distill.missing=hard", "--processes=2"))
+    assert output.count("has no targets for segment") == NOTES
     train = [record for record in metrics(tmp_path / "hard") if record["kind"] == "train"]
     assert [record["taught"] for record in train] == [1, 0, 1, 0, 1, 0]
     assert [record["soft_weight"] for record in train] == [0.5, 0, 0.5, 0, 0.5, 0]
-    assert train[-1]["cache/missing"] > 0
+    assert [record["cache/missing"] for record in train] == [0, 8, 8, 16, 16, 24]  # of both processes
+    assert [record["cache/found"] for record in train] == [8, 8, 16, 16, 24, 24]
+    assert [("soft" in record, "teacher_loss/text" in record) for record in train] == [(True, True), (False, False)] * 3
+
+
+def made_up(segment: Segment) -> Targets:
+    """Targets of a segment, of a teacher that there is not."""
+    one = np.ones((segment.stop - segment.start, 1))
+    return Targets.of(5 * one, 4 * one, None, -one[:, 0], one[:, 0], one[:, 0])
+
+
+def test_a_run_whose_cache_lacks_targets_names_and_counts_them_however_often_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One segment is missing, the record of another damaged."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
+    folder = tmp_path / "cache"
+    distill = DistillConfig(source="cache", cache=str(folder), draws=4, missing="hard")
+    run = nano(mesh=MeshConfig(data=8, fsdp=1), distill=distill)
+    dataset = build_dataset(run.data, run.media, "train")
+    header = header_of(run, distill, dataset.tokenizer.digest, {"name": "made up"})
+    segments = [segment for n in range(run.steps) for segment in DrawKeys(header).segments(dataset.batch(n))]
+    assert len({segment.digest for segment in segments}) == len(segments) == 48
+    missing, damaged = segments.pop(9), segments[29]  # of the second batch and of the fourth
+    with TargetWriter(folder, header) as writer:
+        writer.add([segment.digest for segment in segments], [made_up(segment) for segment in segments])
+    shard = folder / "000000.array_record"
+    data = bytearray(shard.read_bytes())
+    data[data.index(damaged.digest) + 40] ^= 4
+    shard.write_bytes(data)
+
+    threads, agreed, look_up, done = set(), [], CachedSource.__call__, Run._done
+
+    def looked_up(self: CachedSource, batch: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return look_up(self, batch)
+
+    def waited(self: Run, pending: Any) -> None:
+        done(self, pending)
+        if self.directory.root.name == "stopped" and self.start == 0 and pending.step == 1:
+            self.stop.requested.set()
+
+    monkeypatch.setattr(CachedSource, "__call__", looked_up)
+    monkeypatch.setattr(Run, "_done", waited)
+    monkeypatch.setattr("trainer.loop.check_same", lambda what, value: agreed.append(value))
+    train(run, tmp_path / "whole")
+    output = capsys.readouterr().out
+    assert output.count(f"{folder}: has no targets for segment {missing.digest.hex()}") == 1
+    assert output.count(f"{shard}: record 29 is damaged") == output.count("is damaged") == 1
+    lacking = "2 of 48 segments had no targets (1 missing, 1 damaged), and were learned from the next token alone"
+    assert f"cache of targets: {lacking}" in output and "targets missing 1  targets damaged 1" in output
+    assert lacking in (tmp_path / "whole" / "report.html").read_text()
+    records = [record for record in metrics(tmp_path / "whole") if record["kind"] == "train"]
+    found = [[record[f"cache/{name}"] for record in records] for name in OUTCOMES]
+    assert found == [[8, 15, 23, 30, 38, 46], [0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert [record["taught"] == 1 for record in records] == [True, False, True, False, True, True]
+    assert [record["teacher_loss"] for record in records] == [1] * 6  # of those that are taught
+    assert threads == {"feeder"} and header.digest.hex() in agreed[0]
+
+    with pytest.raises(SystemExit):
+        train(run, tmp_path / "stopped")
+    train(run, tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -130,8 +130,9 @@ def test_targets_and_gradients_are_those_of_a_teacher_beside_the_student(
         batch = random_batch(STUDENT, 6, rows=ROWS, length=LENGTH)
         order = ours.row_order(ROWS, 2)
         asked = Asked(run, run.distill, teacher_on(theirs))
-        shapes = asked.compile(keyed(batch))
         share = asked.put({name: array[order] for name, array in keyed(batch).items()})
+        shapes = asked.shapes(share)
+        asked.compile(share)
         feeder: Any = SimpleNamespace(next=lambda _: Fed(({}, share), np.zeros(1), 0.0))
         fed = AskedAhead(feeder, asked, lambda rows: rows, 1).next(lambda: None)
         targets = {name: array[np.argsort(order)] for name, array in fed.batch.items()}
