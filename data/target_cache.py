@@ -281,7 +281,7 @@ class TargetCache:
                 f"{len(digests):,} asked for. Was it made from the same data, with the same preprocessing, to the end? "
                 "`drover teach` goes on with it; or let missing segments fall back to hard targets."
             )
-        for i in absent:
+        for i in absent.tolist():
             self._note(Lack.MISSING, f"{self._folder}: has no targets for segment {digests[i].hex()}")
         found: list[Targets | Lack] = [Lack.MISSING] * len(digests)
         for shard in np.unique(shards[shards >= 0]).tolist():
