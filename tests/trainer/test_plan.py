@@ -91,7 +91,7 @@ def test_bytes_of_a_device_are_those_counted_leaf_by_leaf(source: str, plans: di
     }
     # A row for each 4 devices, whole on each of them.
     expected["batch"] = 8192 * 6 * 4 + 34 * (336 * 336 * 3 + 144 * 4)
-    expected["targets"] = 8192 * (12 * 8 + 4 + 4 + 1 if source == "cache" else 8)
+    expected["targets"] = 8192 * (12 * 8 + 4 + 4 + 1 + 1 if source == "cache" else 8)
     expected["gathered"] = found["gathered"]
     if source == "mesh":
         assert ONLINE.distill
