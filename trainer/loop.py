@@ -19,7 +19,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from data.mixture import continued
-from data.pipeline import Batch, build_dataset, empty_batch
+from data.pipeline import Batch, build_dataset
 from data.questions import SOURCES
 from sharding.config import written
 from sharding.devices import peak_flops
