@@ -123,6 +123,19 @@ class Dataset:
     def _tiles(self, row: list[tuple[int, int, int]]) -> int:
         return sum(int(self._sources[source].tile_counts[item]) for source, item, _ in row)
 
+    def repeated(self, stop: int) -> Iterator[np.ndarray]:
+        """For each of the batches 0 to stop - 1: bool, which of its segments, by row and place, stood in a batch or a row
+        before. Nothing is read; of documents of the same words, and of images changed at random, each counts as another.
+        """
+        met = [np.zeros(len(source), bool) for source in self._sources]
+        for n in range(stop):
+            repeated = []
+            for source, item, _ in (placed for row in self.rows(n) for placed in row):
+                of = self._sources[source]
+                repeated.append(met[source][item])
+                met[source][item] = not (of.augment and of.tile_counts[item])
+            yield np.array(repeated, bool)
+
     def position(self, n: int) -> Position:
         """From which rows of batch n and later ones are found at once."""
         return self._packing.position(n * self.config.batch_size)

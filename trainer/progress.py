@@ -1,6 +1,7 @@
 """Bars for long work: on a terminal alone, so that logs hold no control codes."""
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -35,20 +36,22 @@ def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def work_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
     """Shows how many pieces of work are done and the time that is left; yields what is to be called after each, with what
-    there is to say. Without a terminal, a line from time to time."""
+    there is to say. Without a terminal, a line from time to time, with the time that is left at the pace since the last."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
-        done, last = 0, time.monotonic()
+        done, told, last = 0, 0, time.monotonic()
 
         def advance(text: str) -> None:
-            nonlocal done, last
+            nonlocal done, told, last
             done += 1
             progress.update(task, completed=done, description=f"{title}: {text}")
-            if not console.is_terminal and time.monotonic() - last > SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                console.print(f"{title}: {done} of {total}, {text}")
+            since = time.monotonic() - last
+            if not console.is_terminal and since > SECONDS_BETWEEN_LINES:
+                left = datetime.timedelta(seconds=round(since / (done - told) * (total - done)))
+                told, last = done, last + since
+                console.print(f"{title}: {done} of {total}, {text}, {left} left", soft_wrap=True)
 
         yield advance
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.pipeline import Batch, build_dataset
 from data.target_records import Targets as Record
-from data.target_writer import TargetWriter
+from data.target_writer import SHARD_BYTES, TargetWriter
 from model.sampled_targets import Targets
 from sharding.config import written
 from sharding.errors import UserError
@@ -22,14 +22,12 @@ from trainer.signals import StopRequest
 from trainer.targets import DrawKeys, header_of
 from trainer.teacher import identity, load_teacher
 
-SHARD_SECONDS = 600.0
-"""A shard is finished after so long, full or not: what a killed command loses."""
-
 
 def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
     """Writes the targets of every segment of the run's batches; what the folder has already is not done again.
 
-    Part i of n takes the batches i, i + n, ...; parts may run at the same time, on one machine or on many.
+    Part i of n takes the batches i, i + n, ..., and of these the segments that no earlier batch of the run has; so parts
+    may run at the same time, on one machine or on many, and do nothing twice.
 
     Raises:
         UserError: the run has no teacher or no sparse targets; see `load_teacher` and `TargetWriter`.
@@ -53,16 +51,18 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
     header = header_of(run, distill, digest, known)
     keyed, asked = DrawKeys(header), Asked(run, distill, taught.teacher)
     mine = range(part, run.steps, parts)
-    began = last = counted = time.monotonic()
-    with StopRequest().listening() as stop, TargetWriter(folder, header, part, parts) as writer:
+    began = counted = time.monotonic()
+    with StopRequest().listening() as stop, TargetWriter(folder, header, part, parts, SHARD_BYTES) as writer:
         print(
             f"teacher {taught.origin}, mesh {written(mesh.sizes)}: batches {mine.start} to {run.steps - 1} of {run.name}"
         )
         with work_bar("teaching", len(mine)) as advance:
-            for n in mine:
+            for n, repeated in enumerate(dataset.repeated(run.steps)):
+                if n not in mine:
+                    continue
                 batch = dataset.batch(n)
                 segments = keyed.segments(batch)
-                left = ~writer.done([segment.digest for segment in segments])
+                left = ~(repeated | writer.done([segment.digest for segment in segments]))
                 if left.any():
                     stop.nothing_to_save = False
                     targets = asked.fetch(asked(asked.put(keyed(batch, segments))))
@@ -72,9 +72,6 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
                     now = time.monotonic()
                     writer.add([segment.digest for segment in chosen], records, (now - counted) * mesh.count)
                     counted = now
-                if time.monotonic() - last > SHARD_SECONDS:
-                    writer.finish_shard()
-                    last = time.monotonic()
                 seconds, done = time.monotonic() - began, writer.written
                 advance(f"{done.tokens / seconds:,.0f} tokens/s, {done.bytes_per_token:.1f} bytes/token")
                 if stop.requested.is_set():

@@ -19,6 +19,7 @@ from data.pipeline import WHERE, Dataset, build_dataset
 from data.scene_text import document
 from data.scenes import HELD_OUT_START, NOVEL, draw, make_scene
 from data.sources import Document
+from data.target_digests import segment_digests
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, IMAGE_TOKENS, PAD, PATCH
 from sharding.errors import UserError
 
@@ -278,3 +279,15 @@ def test_scenes_without_an_image_encoder_are_refused(scenes_only):
 def test_nothing_here_imports_jax_until_batches_are_iterated():
     code = "import sys, data.pipeline, data.questions; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("augment", [(), ("colour",)])
+def test_segments_of_earlier_batches_are_told_without_reading(scenes_only, augment):
+    """Against digests of all that was read. A picture whose colours change is never the same."""
+    config = dataclasses.replace(scenes_only.config, scenes=20, augment=augment)
+    dataset, met = build_dataset(config, scenes_only.media, "train"), set()
+    for n, repeated in enumerate(dataset.repeated(12)):
+        for segment, told in zip(segment_digests(dataset.batch(n), b""), repeated.tolist(), strict=True):
+            assert told == (segment.digest in met and not augment)
+            met.add(segment.digest)
+    assert len(met) > 30 if augment else len(met) == 20

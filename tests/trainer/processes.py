@@ -23,9 +23,11 @@ def start(
     environment: dict[str, str] | None = None,
     command: str = "train",
     folder: str = "--workdir",
+    before: str = "",
 ) -> subprocess.Popen[str]:
-    """`drover train`, or another command, in a process of its own, started through another program if one is given."""
-    drover = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main())", command]
+    """`drover train`, or another command, in a process of its own, started through another program if one is given;
+    `before`: Python that runs in it first."""
+    drover = [sys.executable, "-c", f"{before}\nfrom launch.cli import main\nraise SystemExit(main())", command]
     drover += ["--config", config, folder, str(workdir), f"--config.steps={steps}", *arguments]
     return subprocess.Popen(
         [*through, *drover],

@@ -53,8 +53,24 @@ def options(teacher: Path, *others: str) -> Sequence[str]:
     return ("--config.distill={}", *named, *CONSTANT, *others)
 
 
-def taught(teacher: Path, cache: Path, *others: str) -> Any:
-    return start(cache, *options(teacher, *others), command="teach", folder="--out", config="tests/nano.py", steps=6)
+SMALL_SHARDS = "import trainer.teach\ntrainer.teach.SHARD_BYTES = 9000\n"
+"""Three or four records each, so that most end within a batch."""
+KILLED_IN_THE_SECOND_BATCH = """
+import os, signal
+from data.target_writer import _Shard
+write, calls = _Shard.write, []
+def killed(*given):
+    calls.append(given)
+    if len(calls) == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*given)
+_Shard.write = killed
+"""
+
+
+def taught(teacher: Path, cache: Path, *others: str, before: str = "") -> Any:
+    given = options(teacher, *others)
+    return start(cache, *given, command="teach", folder="--out", config="tests/nano.py", steps=6, before=before)
 
 
 def learn(workdir: Path, teacher: Path, *others: str) -> Any:
@@ -64,7 +80,7 @@ def learn(workdir: Path, teacher: Path, *others: str) -> Any:
 @pytest.fixture(scope="module")
 def cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
-    output = finish(taught(teacher, folder))
+    output = finish(taught(teacher, folder, before=SMALL_SHARDS))
     assert "48 segments, 6,144 tokens" in output, output
     facts = describe(folder)
     assert facts["device seconds"] > 0 and facts["tokens of known cost"] == facts["tokens"] == 6144
@@ -108,13 +124,14 @@ def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
 @pytest.mark.slow
 def test_it_goes_on_after_a_kill_and_in_parts_to_the_same_records(teacher: Path, cache: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    process = taught(teacher, whole)
-    wait_until(lambda: any(whole.glob("*.array_record")), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finish(taught(teacher, whole))
+    process = taught(teacher, whole, before=SMALL_SHARDS + KILLED_IN_THE_SECOND_BATCH)
+    finish(process, -signal.SIGKILL)
+    done = describe(whole)
+    assert 8 < done["segments"] < 15 and done["unfinished shards"] == 1
+    output = finish(taught(teacher, whole, before=SMALL_SHARDS))
+    assert f"; {6144 - done['tokens']:,} tokens of them now" in output
     assert files(whole) == files(cache)
-    assert "; 0 tokens of them now" in finish(taught(teacher, whole))
+    assert "; 0 tokens of them now" in finish(taught(teacher, whole, before=SMALL_SHARDS))
     assert files(whole) == files(cache)
 
     parts = tmp_path / "parts"
