@@ -20,12 +20,16 @@ from sharding.mesh import DeviceMesh
 from trainer.checkpoint import Checkpoints, locate
 from trainer.config import DistillConfig, RunConfig
 from trainer.hf.config import read_model_config
+from trainer.hf.files import FileTensor, open_tensors
 from trainer.hf.load import open_model
 from trainer.initialise import check_same_tokenizer, check_tokenizer
 from trainer.memory import check_memory, tree_bytes
 from trainer.placement import cures, mesh_problems, of_teacher
 from trainer.quantise import in_int8, to_read
 from trainer.step import Params, Skeleton, Teacher, TrainState
+
+SAMPLES, SAMPLE_BYTES = 16, 512
+"""Of each tensor, for the name of a teacher: so many pieces of so many bytes, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,39 @@ class LoadedTeacher:
 
 
 def identity(path: Path) -> dict[str, str]:
-    """Names the teacher at a path, wherever that lies, without reading its weights.
+    """Names the teacher at a path, wherever that lies, without reading all of its weights.
 
     `digest` is of what was saved with a checkpoint (config, position in the data) and of the manifest of its arrays, or of
-    config.json and the beginning of every file of weights.
+    config.json and the name, type, shape and samples (`SAMPLES`) of every tensor of a Hugging Face directory.
 
     Raises:
-        UserError: nothing there.
+        UserError: nothing there, or files of weights that are missing or damaged.
     """
     digest = hashlib.blake2b(digest_size=16)
     if any(path.glob("*.safetensors")):
-        for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
-            with file.open("rb") as opened:
-                digest.update(f"{file.name} {file.stat().st_size}\n".encode() + opened.read(2**20))
+        digest.update((path / "config.json").read_bytes())
+        for name, tensor in sorted(open_tensors(path).items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(_samples(tensor))
         return {"name": path.name, "digest": digest.hexdigest()}
     folder, step = locate(_existing(path))
     saved = Checkpoints(folder).metadata(step)
     digest.update(json.dumps(saved, sort_keys=True).encode())
     digest.update((folder / str(step) / "state" / "manifest.ocdbt").read_bytes())
     return {"name": f"{folder.parent.name}, step {step}", "digest": digest.hexdigest()}
+
+
+def _samples(tensor: FileTensor) -> bytes:
+    """Pieces of a tensor's bytes from its first to its last; of a small one, all."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        if tensor.nbytes <= SAMPLES * SAMPLE_BYTES:
+            return file.read(tensor.nbytes)
+        pieces = []
+        for i in range(SAMPLES):
+            file.seek(tensor.offset + (tensor.nbytes - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            pieces.append(file.read(SAMPLE_BYTES))
+        return b"".join(pieces)
 
 
 def _existing(path: Path) -> Path:
@@ -75,8 +93,8 @@ def load_teacher(
     """The teacher that `distill` names, on the mesh. `student`: shapes of the state of the run that learns from it, if any.
 
     Raises:
-        UserError: nothing there; another tokenizer; a model whose tokens, tiles or windows of sound are not the student's,
-            that the mesh does not divide, or for which there is no room.
+        UserError: nothing there; another tokenizer, or one that is not known; a model whose tokens, tiles or windows of sound
+            are not the student's, that the mesh does not divide, or for which there is no room.
     """
     path = _existing(Path(distill.teacher).expanduser())
 
@@ -95,15 +113,23 @@ def load_teacher(
 
     if any(path.glob("*.safetensors")):
         found = open_model(path)
-        if found.tokenizer:
-            check_same_tokenizer(f"{path}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
+        if not found.tokenizer:
+            raise UserError(
+                f"distill.teacher: {path} has no tokenizer.json, expected that of the student's data ({tokenizer_digest}). Put "
+                "the one that the model was trained with beside its weights."
+            )
+        check_same_tokenizer(f"{path}/tokenizer.json", found.tokenizer.digest, tokenizer_digest)
         skeleton, read = prepared(found.model, lambda _: found.abstract())
-        note = "" if found.tokenizer else "; its tokenizer is unknown"
         params = in_int8(skeleton, found.weights_in_turn(read))
-        return LoadedTeacher(Teacher(skeleton, params, {}), skeleton.config, f"{path}{note}")
+        return LoadedTeacher(Teacher(skeleton, params, {}), skeleton.config, str(path))
     folder, step = locate(path)
     checkpoints = Checkpoints(folder)
-    known = check_tokenizer(checkpoints, step, tokenizer_digest)
+    if not check_tokenizer(checkpoints, step, tokenizer_digest):
+        raise UserError(
+            f"distill.teacher: checkpoint {folder / str(step)} names no tokenizer, expected that of the student's data "
+            f"({tokenizer_digest}). It was imported from a directory without a tokenizer.json: put that file there, and "
+            "`drover import` it again."
+        )
     skeleton, read = prepared(checkpoints.run(step).model, lambda shapes: checkpoints.as_stored(step, shapes))
     biases = skeleton.abstract_weights[1]
     if skeleton.storage.int8:
@@ -111,11 +137,10 @@ def load_teacher(
         params, router_bias = checkpoints.restore_weights_in_turn(step, read, biases, made)
     else:
         params, router_bias = checkpoints.restore_weights(step, read, biases)
-    note = "" if known else "; its tokenizer is unknown"
     if router_bias is None:  # an imported model has none
         router_bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), biases)
     teacher = Teacher(skeleton, params, router_bias)
-    return LoadedTeacher(teacher, skeleton.config, f"{folder.parent}, step {step}{note}")
+    return LoadedTeacher(teacher, skeleton.config, f"{folder.parent}, step {step}")
 
 
 def known_model(teacher: str) -> ModelConfig | None:

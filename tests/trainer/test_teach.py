@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,16 +27,22 @@ from data.target_records import Targets
 from data.target_writer import TargetWriter
 from sharding.config import MeshConfig
 from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
 from tests.oracle_cases import FAST_COMPILE
 from tests.trainer.processes import finish, metrics, start, wait_until
 from tests.trainer.saved_run import nano, save_run
-from trainer.config import DistillConfig
+from trainer.checkpoint import Checkpoints
+from trainer.config import CheckpointConfig, DistillConfig
 from trainer.flops import flops_per_token
+from trainer.hf.exporter import export_checkpoint
+from trainer.hf.files import Planned, write_tensors
+from trainer.initialise import abstract_state
 from trainer.loop import Run, train
 from trainer.report_text import percent
+from trainer.step import Skeleton
 from trainer.targets import OUTCOMES, CachedSource, DrawKeys, header_of
 from trainer.teach import teach
-from trainer.teacher import identity
+from trainer.teacher import identity, load_teacher
 
 CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
 
@@ -164,6 +171,13 @@ def test_a_student_that_was_killed_goes_on_as_if_it_had_not_been(
             process = learn(tmp_path / name, teacher, *words)
         output = finish(process)
     assert re.search("own checkpoint, step [2345]", output), output
+    states = []
+    for name in ("whole", "killed"):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints")
+        run = checkpoints.run(6)
+        states.append(checkpoints.restore(6, abstract_state(run, Skeleton(run.model, DeviceMesh.alone()))))
+    assert states[0].optimizer and states[0].step == 6
+    jax.tree.map(np.testing.assert_array_equal, *states)
     whole, killed = (metrics(tmp_path / name) for name in ("whole", "killed"))
     assert whole == killed and [record["step"] for record in whole if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
@@ -310,19 +324,53 @@ def test_a_cache_of_another_teacher_is_refused(teacher: Path, cache: Path, tmp_p
         CachedSource(run, earlier, tokenizer)
 
 
-def test_a_hugging_face_teacher_is_named_by_its_config_and_weights(tmp_path: Path) -> None:
-    def made(name: str, config: str, numbers: bytes) -> dict[str, str]:
+def test_a_hugging_face_teacher_is_named_by_its_config_and_all_of_its_tensors(tmp_path: Path) -> None:
+    """The weights differ in the last number of the last tensor, or in an eighth of its middle; both are far behind 1 MiB."""
+    numbers = np.arange(2**19, dtype=np.float32)
+    tensors = {"a": numbers, "b": numbers[:5], "c": numbers.reshape(2**10, -1)}
+
+    def made(name: str, config: str = "{}", changed: Any = np.s_[:0], max_shard_bytes: int = 10**9) -> dict[str, str]:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(config)
-        (folder / "model-00001-of-00001.safetensors").write_bytes(numbers)
+        last = numbers.copy()
+        last[changed] += 1
+        given = tensors | {"c": last.reshape(2**10, -1)}
+        planned = [Planned(key, array.dtype, array.shape) for key, array in given.items()]
+        write_tensors(folder, planned, lambda tensor: iter([given[tensor.name]]), max_shard_bytes, lambda _: None)
         return identity(folder)
 
-    one, same, config, weights = (
-        made(*given) for given in (("a", "{}", b"12"), ("b", "{}", b"12"), ("c", "{ }", b"12"), ("d", "{}", b"13"))
-    )
-    assert one["name"] == "a" and one["digest"] == same["digest"]
-    assert len({one["digest"], config["digest"], weights["digest"]}) == 3
+    one, same, sharded = made("one"), made("same"), made("sharded", max_shard_bytes=2**21)
+    assert one["name"] == "one" and one["digest"] == same["digest"] == sharded["digest"]
+    others = made("config", "{ }"), made("last", changed=np.s_[-1:]), made("middle", changed=np.s_[2**18 : 5 * 2**16])
+    assert len({one["digest"], *(other["digest"] for other in others)}) == 4
+
+
+def test_a_teacher_whose_tokenizer_is_another_or_unknown_is_refused(tmp_path: Path) -> None:
+    run = nano()
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, router_bias_rate=0.0))
+    state = save_run(tmp_path / "run", run)
+    hf, checkpoints = tmp_path / "hf", Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig())
+    export_checkpoint(tmp_path / "run", hf, None, 10**9, lambda _: None)
+    metadata, mesh = checkpoints.metadata(0), DeviceMesh.alone()
+
+    def load(path: Path) -> str:
+        distill = DistillConfig(teacher=str(path), teacher_dtype="float32")
+        return load_teacher(run, distill, mesh, None, metadata["tokenizer_digest"]).origin
+
+    assert load(hf) == str(hf)
+    tokenizer = json.loads((hf / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][-1]["content"] = "<|another|>"
+    (hf / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=f"^{hf}/tokenizer.json: its tokens are those of tokenizer .*, found"):
+        load(hf)
+    (hf / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=f"^distill.teacher: {hf} has no tokenizer.json, expected that .* Put the one"):
+        load(hf)
+    checkpoints.save(dataclasses.replace(state, step=jnp.asarray(1)), metadata | {"tokenizer_digest": None})
+    checkpoints.close()
+    with pytest.raises(UserError, match=r"^distill.teacher: checkpoint .*/1 names no tokenizer, .* `drover import`"):
+        load(tmp_path / "run")
 
 
 def test_a_teacher_that_says_what_is_no_number_keeps_nothing(tmp_path: Path) -> None:
