@@ -56,7 +56,9 @@ class Header:
     temperature: float = 1.0
     """Of the teacher's distribution that the targets are of."""
     proposal: float = 1.0
-    """Temperature of what is drawn from, relative to that; unless it is 1, records have importance weights."""
+    """Draws come from that distribution to this power; unless it is 1, records have importance weights."""
+    cut: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the data that decide where documents too long for a row are cut."""
 
     @property
     def record_format(self) -> RecordFormat:
@@ -174,6 +176,7 @@ class TargetCache:
 
     Attributes:
         header: of the cache.
+        cut_otherwise: how the cache's `cut` differs from the student's, in words; empty if it does not.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class TargetCache:
         tokenizer: str | None = None,
         teacher: Mapping[str, Any] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
+        cut: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
         verify: bool = True,
     ):
@@ -194,6 +198,7 @@ class TargetCache:
             tokenizer: digest of the one that the student has.
             teacher: `name` and `digest` of the one whose cache it has to be; names may differ.
             preprocessing: of the student's data.
+            cut: of the student's data; may differ, since only long documents are then other segments.
             vocab_size: of the student.
             verify: compare the checksums of the indexes, which reads them.
 
@@ -219,6 +224,11 @@ class TargetCache:
                 f"{path}: preprocessing: found {dict(header.preprocessing)}, expected {dict(preprocessing)}. No segment "
                 "would be found: use the teacher's options of the data, or make a cache with these."
             )
+        self.cut_otherwise = "; ".join(
+            f"data.{name}: found {value}, expected {header.cut.get(name)} as the cache was made with"
+            for name, value in (cut or {}).items()
+            if value != header.cut.get(name)
+        )
         self._shards = finished_shards(folder, header.digest, verify)
         for shard, index in self._shards:
             if vocab_size is not None and index.facts.largest_id >= vocab_size:
@@ -276,10 +286,13 @@ class TargetCache:
         shards, places = self._find(digests)
         absent = np.flatnonzero(shards < 0)
         if absent.size and self._missing == "fail":
+            cause = "Was it made from the same data, with the same preprocessing, to the end?"
+            if self.cut_otherwise:
+                cause = f"Long documents are cut in other places ({self.cut_otherwise}): make these options the same."
             raise UserError(
                 f"{self._folder}: has no targets for segment {digests[absent[0]].hex()}, and {absent.size:,} of "
-                f"{len(digests):,} asked for. Was it made from the same data, with the same preprocessing, to the end? "
-                "`drover teach` goes on with it; or let missing segments fall back to hard targets."
+                f"{len(digests):,} asked for. {cause} `drover teach` goes on with it; or let missing segments fall back to "
+                "hard targets."
             )
         for i in absent.tolist():
             self._note(Lack.MISSING, f"{self._folder}: has no targets for segment {digests[i].hex()}")
@@ -374,6 +387,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "vocabulary": header.vocab_size,
         "recipe": json.loads(header.recipe),
         "preprocessing": dict(header.preprocessing),
+        "cut": dict(header.cut),
         "segments": distinct,
         "repeated segments": progress.records - distinct,
         "tokens": progress.tokens,

@@ -31,7 +31,8 @@ class RecordFormat:
     """Sum of the counts of every token that has a target; 0 for the `top_k` ids of it, which have no counts."""
     top_k: int = 0
     weighted: bool = False
-    """Whether each id has a weight: of a draw, its importance p / q; of one of the top k, its probability."""
+    """Whether each id has a weight: of drawn ones its share of the draws times its importance, count / draws x p / q; of one
+    of the top k, its probability."""
 
     def __post_init__(self):
         if not 0 < self.vocab_size <= MAX_VOCAB:

@@ -25,6 +25,8 @@ OUTCOMES = ("found", *Lack)
 """What may come of it when a segment is looked up in a cache."""
 OUTCOME = "soft_outcome"
 """Of a batch: at the first token of each segment 1 + the place in `OUTCOMES`, at others 0; int8 [B, S]."""
+CUT = ("sequence_length", "tiles_per_row", "windows_per_row", "long_documents")
+"""Options of the data that decide where documents too long for a row are cut."""
 
 
 def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, teacher: Mapping[str, Any]) -> Header:
@@ -38,7 +40,12 @@ def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, tea
         top_k=distill.top_k,
         temperature=distill.temperature,
         proposal=distill.proposal,
+        cut=cut_of(run),
     )
+
+
+def cut_of(run: RunConfig) -> dict[str, Any]:
+    return {name: getattr(run.data, name) for name in CUT}
 
 
 def check_recipe(folder: Path, header: Header, distill: DistillConfig) -> None:
@@ -124,6 +131,7 @@ class CachedSource:
             distill.missing,
             tokenizer=tokenizer_digest,
             preprocessing=asdict(run.media),
+            cut=cut_of(run),
             vocab_size=run.model.vocab_size,
             teacher=identity(teacher) if here else None,
         )
@@ -134,6 +142,8 @@ class CachedSource:
         self.origin = f"{folder}, of {self.header.teacher.get('name', 'an unknown teacher')}"
         if distill.teacher and not here:
             self.origin += f"; not compared with {distill.teacher}, which is not there"
+        if self._cache.cut_otherwise:
+            self.origin += f"; long documents are cut in other places ({self._cache.cut_otherwise}) and will be missing"
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with the arrays of `CachedTargets`, and `OUTCOME`."""

@@ -1,5 +1,6 @@
 """`drover teach` is stopped at any record, goes on, and shares its work: with a teacher that is made up, and quick."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -15,14 +16,16 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 import trainer.progress
 import trainer.teach
-from data.pipeline import Batch
+from data.pipeline import Batch, build_dataset
 from data.target_cache import Header, describe, finished_shards
 from data.target_writer import _Shard
 from model.sampled_targets import Targets
+from sharding.errors import UserError
 from tests.trainer.saved_run import micro, nano
 from trainer.config import DistillConfig, RunConfig
 from trainer.distillation import KEYS
 from trainer.progress import work_bar
+from trainer.targets import CachedSource
 from trainer.teach import teach
 
 SEGMENTS = 48
@@ -145,6 +148,24 @@ def test_parts_at_the_same_time_do_nothing_twice_in_later_epochs(quick: None, tm
         taught(run, tmp_path / "shared", part, 3)
     facts = describe(tmp_path / "shared")
     assert digests(tmp_path / "shared") == expected and facts["repeated segments"] == 0
+
+
+def test_rows_of_another_length_cut_long_documents_elsewhere_and_that_is_told(quick: None, tmp_path: Path) -> None:
+    cache, run = taught(nano(), tmp_path), nano()
+    distill = DistillConfig(source="cache", cache=str(cache), draws=12)
+    for change, words in (
+        ({"batch_size": 4}, ""),
+        ({"sequence_length": 64}, "data.sequence_length: found 64, expected 128 as the cache was made with"),
+    ):
+        dataset = build_dataset(dataclasses.replace(run.data, **change), run.media, "train")
+        other = dataclasses.replace(run, data=dataset.config)
+        with contextlib.closing(CachedSource(other, distill, dataset.tokenizer.digest)) as source:
+            assert words in source.origin and ("cut" in source.origin) == bool(words)
+            if words:
+                with pytest.raises(UserError, match=f"has no targets .* cut in other places .{words}.: make these"):
+                    source(dataset.batch(0))
+            else:
+                assert source(dataset.batch(0))["soft_ids"].max() > 0 and not source.counts["missing"]
 
 
 def test_lines_without_a_terminal_tell_speed_bytes_and_the_time_left(
