@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data.config import ImageSpec
 from data.tokenizer import IMAGE, IMAGE_END, IMAGE_START, PATCH, TILE_X_SEPARATOR, TILE_Y_SEPARATOR
@@ -27,6 +27,17 @@ from sharding.errors import UserError
 
 _LONGEST_SIDE = 2**16 - 1
 """Pixels, that of JPEG. To scale a strip with a longer side takes gigabytes, however few pixels it has."""
+_STRIP_PIXELS = 2**20
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF."""
 _VECTOR_FORMATS = ("EPS", "WMF")
 """Pillow knows them, but would start another program to draw them."""
 
@@ -71,10 +82,8 @@ def _picture(file: BinaryIO, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                _check_header(image, name)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), name)
+            image, turn = _decoded(file, name)
+            return image.transpose(turn) if turn is not None else image
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -102,20 +111,44 @@ def _check_header(image: Image.Image, name: str) -> None:
         raise UserError(f"image {name}: found {image.format}, a drawing and no pixels. Convert it, to PNG for example.")
 
 
+def _decoded(file: BinaryIO, name: str) -> tuple[Image.Image, Image.Transpose | None]:
+    """The picture as RGB, and how it is to be turned upright."""
+    with Image.open(file) as image:
+        _check_header(image, name)
+        image.load()
+        return _to_rgb(image, name), _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The picture as RGB; transparent parts show white, 16-bit greys are scaled to 8 bits."""
+    """The picture as RGB; transparent parts show white, 16-bit greys are scaled to 8 bits.
+
+    Strip by strip: a picture of the most pixels that there may be takes hundreds of MB, each time that it is copied.
+    """
     if image.mode == "F":
         raise UserError(
             f"image {name}: found floating-point pixels, whose black and white nobody knows, expected whole numbers. "
             "Save it with 8 or 16 bits."
         )
-    if image.mode.startswith("I"):  # Pillow would clip these at 255
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() >= 2**16:
+    if image.mode == "I":
+        least, most = (int(value) for value in np.asarray(image.getextrema()))
+        if least < 0 or most >= 2**16:
             raise UserError(
-                f"image {name}: found grey values from {grey.min():,} to {grey.max():,}, expected 0 to {2**16 - 1:,}. "
+                f"image {name}: found grey values from {least:,} to {most:,}, expected 0 to {2**16 - 1:,}. "
                 "Save it with 8 or 16 bits."
             )
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    converted = Image.new("RGB", image.size)
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        converted.paste(_strip_to_rgb(strip), (0, top))
+    return converted
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip these at 255
+        grey = np.asarray(image)
         clear = grey == image.info.get("transparency", -1)
         return Image.fromarray(np.where(clear, 255, grey >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

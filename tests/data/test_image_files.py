@@ -1,6 +1,9 @@
 """Files of every kind: each gives the picture that a viewer shows, or one message that names the file."""
 
+import math
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -27,10 +30,10 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, before_pixels: bytes = b"") -> bytes:
-    """A PNG by hand, for what Pillow reads and cannot write. `colour`: 0 grey, 2 RGB, 4 grey with alpha."""
+def png(width: int, height: int, depth: int, colour: int, rows: bytes | None, before_pixels: bytes = b"") -> bytes:
+    """A PNG by hand, for what Pillow reads and cannot write. `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = before_pixels + chunk(b"IDAT", zlib.compress(rows))
+    body = before_pixels + (b"" if rows is None else chunk(b"IDAT", zlib.compress(rows)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
@@ -132,6 +135,31 @@ def test_dots_and_strips_are_read_and_cut(tmp_path, size):
     Image.new("RGB", size, RED).save(tmp_path / "strip.png")
     tiles, _ = images.tiles(images.load_image(tmp_path / "strip.png"), ImageSpec(336, 144, 16))
     assert tiles[0, 0, 0].tolist() == [*RED]
+
+
+READ = """
+import resource, sys
+from data.images import load_image
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+picture = load_image(sys.argv[1])
+print(*picture.size, *picture.getpixel((0, picture.height - 1)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize(("depth", "colour", "pixel"), [(16, 0, b"\x80\0"), (8, 6, b"\0\0\0\x7f"), (8, 2, b"\x80" * 3)])
+def test_the_largest_picture_takes_little_more_than_its_pixels_twice(tmp_path, depth, colour, pixel):
+    """In Pillow, a pixel of RGB or RGBA takes four bytes, and what is read and what comes of it are two pictures."""
+    side = math.isqrt(Image.MAX_IMAGE_PIXELS or 0)
+    packer, row = zlib.compressobj(1), b"\0" + pixel * side
+    packed = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    (tmp_path / "largest.png").write_bytes(png(side, side, depth, colour, None, chunk(b"IDAT", packed)))
+    root = Path(images.__file__).parents[1]
+    command = [sys.executable, "-c", READ, str(tmp_path / "largest.png")]
+    read = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    *found, memory = map(int, read.stdout.split())
+    assert found == [side, side, 128, 128, 128]
+    assert memory < 8.5 * side**2, f"{memory / side**2:.1f} bytes a pixel"
 
 
 # What cannot be read
