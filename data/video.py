@@ -29,6 +29,8 @@ MAX_PIXELS = 2**24
 """Of one frame. A decoder keeps up to some twenty of them."""
 MAX_SECONDS = 3600
 MAX_FRAMES = 60 * MAX_SECONDS
+MAX_DECODED = 2**40
+"""Pixels of all frames: an hour of 3840 x 2160 at 30 frames a second has four fifths of it."""
 
 _ONE_FRAME = Fraction(1, 25)
 """Seconds that a single frame lasts if the file does not say."""
@@ -143,7 +145,7 @@ def _shown(data: bytes, name: str) -> Iterator[tuple[av.VideoFrame, Fraction, Fr
     """(frame, when it begins, how long it lasts or 0 if that is unknown), in seconds, in the order of showing."""
     with _opened(data, name) as container:
         stream = _stream(container, name)
-        first, last, frames = None, Fraction(0), 0
+        first, last, frames, pixels = None, Fraction(0), 0, 0
         for frame in _decoded(container, stream, name):
             if frame.pts is None or frame.time_base is None:
                 raise _damaged(name, "a frame has no time")
@@ -152,9 +154,14 @@ def _shown(data: bytes, name: str) -> Iterator[tuple[av.VideoFrame, Fraction, Fr
             start, duration = time - first, max(frame.duration, 0) * frame.time_base
             if start < last:
                 raise _damaged(name, f"frame {frames + 1:,} is to be shown before the one before it")
-            last, frames = start, frames + 1
+            last, frames, pixels = start, frames + 1, pixels + frame.height * frame.width
             _check_length(start + duration, frames, name)
             _check_pixels(frame.height, frame.width, name)
+            if pixels > MAX_DECODED:
+                raise UserError(
+                    f"video {name}: found more than {MAX_DECODED:,} pixels in its first {frames:,} frames. Scale it down, or "
+                    "cut it into parts."
+                )
             yield frame, start, duration
         if not frames:
             raise _damaged(name, "it has no frames")

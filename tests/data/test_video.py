@@ -436,6 +436,16 @@ def test_clips_that_are_too_long_are_refused(monkeypatch):
         assert "expected at most 3,600 s and 11 frames. Cut it" in refusal(clip("matroska"))
 
 
+def test_clips_of_too_many_pixels_in_all_are_refused(monkeypatch):
+    assert video.MAX_DECODED > 3600 * 30 * 3840 * 2160
+    film = clip("matroska")
+    pixels = 64 * 48 * video.probe_video(film, "clip").frames
+    monkeypatch.setattr(video, "MAX_DECODED", pixels)
+    video.probe_video(film, "clip")
+    monkeypatch.setattr(video, "MAX_DECODED", pixels - 1)
+    assert f"found more than {pixels - 1:,} pixels in its first 12 frames. Scale it down" in refusal(film)
+
+
 CLIPS: dict[tuple[str, str, str], bytes] = {}
 
 
