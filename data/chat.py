@@ -36,7 +36,8 @@ def chat_pieces(messages: Sequence[Message], ask: bool = False, weights: bool = 
     Args:
         messages: the turns, first to last.
         ask: end with the header of an answer, for the model to go on from.
-        weights: the end of an assistant's turn weighs 1 in the loss, all else that is no `Text` of a message 0.
+        weights: the end of a turn weighs what the last `Text` in it weighs in the loss; without one, 1 in an assistant's turn
+            and 0 in others. All else that is no `Text` of a message weighs 0.
 
     Raises:
         UserError: a role is unknown.
@@ -46,16 +47,18 @@ def chat_pieces(messages: Sequence[Message], ask: bool = False, weights: bool = 
         if role not in ROLES:
             raise UserError(f"message {i}, role: found {role!r}, expected one of {', '.join(ROLES)}.")
         yield from _header(role)
+        end = float(role == "assistant")
         for part in [content] if isinstance(content, str) else content:
             if isinstance(part, str):
                 part = Text(part)
             if isinstance(part, Text):
+                end = part.weight
                 yield part._replace(text=part.text.strip()) if role == "system" and i == 0 else part
             elif isinstance(part, Token | End):
                 yield part
             else:
                 yield from part
-        yield Token(TURN_END, float(weights and role == "assistant"))
+        yield Token(TURN_END, end if weights else 0.0)
     if ask:
         yield from _header("assistant")
 

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from data.prepared import Prepared
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, TURN_END, load_file
 from sharding.errors import UserError
+from tests.data.mixed import image
 from tests.data.prepare_work import ids, jsonl, made, records, rejected
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -72,12 +73,31 @@ def test_of_a_conversation_the_answers_alone_weigh(tmp_path):
     parts = [{"type": "text", "text": "a", "weight": 0}, {"type": "text", "text": "b", "weight": 2}]
     (tmp_path / "a.jsonl").write_bytes(jsonl({"messages": messages}, {"parts": parts}))
     chat, plain = weighed(made(tmp_path / "out", tmp_path / "a.jsonl"))
-    assert [(text, weight) for text, weight in chat if weight] == [
-        (f"Hello{TURN_END}", 1.0),
-        ("Ciao", 0.5),
-        (TURN_END, 1.0),
-    ]
+    assert [(text, weight) for text, weight in chat if weight] == [(f"Hello{TURN_END}", 1.0), (f"Ciao{TURN_END}", 0.5)]
     assert plain == [(f"{BEGIN_OF_TEXT}a", 0.0), (f"b{END_OF_TEXT}", 2.0)]
+
+
+def test_the_end_of_a_turn_weighs_as_its_last_text(tmp_path):
+    (tmp_path / "a.png").write_bytes(image(0, (8, 8)))
+    file, texts = (
+        {"type": "image", "path": "a.png"},
+        [{"type": "text", "text": "A", "weight": 2}, {"type": "text", "text": "B"}],
+    )
+    turns: list[tuple[str, Any, float | None, list[tuple[str, float]]]] = [
+        ("assistant", "masked", 0, []),
+        ("user", "asked", 0.25, [(f"asked{TURN_END}", 0.25)]),
+        ("assistant", texts, None, [("A", 2.0), (f"B{TURN_END}", 1.0)]),
+        ("user", [file], None, []),
+        ("assistant", [file], None, [(TURN_END, 1.0)]),
+        ("assistant", [{"type": "text", "text": "C", "weight": 0}, file], None, []),
+    ]
+    conversations = []
+    for role, content, weight, _ in turns:
+        message = {"role": role, "content": content} | ({} if weight is None else {"weight": weight})
+        conversations.append({"messages": [{"role": "system", "content": "S"}, message]})
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*conversations))
+    found = weighed(made(tmp_path / "out", tmp_path / "a.jsonl", keep_duplicates=True))
+    assert [[run for run in runs if run[1]] for runs in found] == [expected for *_, expected in turns]
 
 
 def test_what_a_table_has_and_json_has_not_is_kept_as_text(tmp_path):
