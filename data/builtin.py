@@ -72,15 +72,18 @@ def notes(name: str) -> tuple[str, ...]:
 def read(unit: Unit) -> Iterator[Found]:
     """The documents of a unit."""
     if unit.path == "text":
-        for file in text.standard_library().files[unit.start : unit.stop]:
+        files = text.standard_library().files[unit.start : unit.stop]
+        for i, file in enumerate(files, start=1):
             split = "heldout" if file.held_out else "train"
-            yield Found(f"text/{file.name}", Document(file.name, (Part("text", text=file.text),), "text", split))
+            document = Document(file.name, (Part("text", text=file.text),), "text", split)
+            yield Found(f"text/{file.name}", document, i / len(files))
         return
     for index in range(unit.start, unit.stop):
         split = "heldout" if index >= drawn.HELD_OUT_START else "train"
         thing = made(unit.path, index, unit.parameters)
         texts = (Part("text", text=piece.text, weight=piece.weight) for piece in pieces(thing, unit.parameters))
-        yield Found(f"{unit.path}/{index}", Document(str(index), (file_of(thing), *texts), unit.path, split))
+        document = Document(str(index), (file_of(thing), *texts), unit.path, split)
+        yield Found(f"{unit.path}/{index}", document, (index + 1 - unit.start) / (unit.stop - unit.start))
 
 
 def tokenizer_texts(config: DataConfig, image: ImageSpec | None) -> list[str]:

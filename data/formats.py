@@ -16,7 +16,7 @@ from typing import Any
 from data import builtin
 from data.documents import Document, Rejected, parse, with_files
 from data.files import MB, from_json, read_within, shown, too_large
-from data.groups import Stream, from_folder, from_tar, stem, unpacking
+from data.groups import Stream, from_folder, from_tar, share_of, stem, unpacking
 from data.units import Format, Found, Unit
 from sharding.errors import UserError
 
@@ -69,6 +69,13 @@ def plan(sources: Sequence[Path]) -> list[Unit]:
     return units
 
 
+def beside_records(source: Path) -> int:
+    """Files of a folder that are read only where records name them: others than JSONL, Parquet and tar files, beside such."""
+    names = _names(source) if source.is_dir() else []
+    others = sum(format_of(name) is None for name in names)
+    return others if others < len(names) else 0
+
+
 def format_of(name: str) -> Format | None:
     """The format of a file with many records by its name."""
     return next((found for ending, found in ENDINGS.items() if name.lower().endswith(ending)), None)
@@ -86,18 +93,11 @@ def read(unit: Unit, most: int) -> Iterator[Found]:
         path, label = Path(unit.path), unit.label
         tar = unit.format == "tar"
         for group in from_tar(path, label, most) if tar else from_folder(path, unit.groups, label, most):
-            yield Found(f"{unit.label}/{group.name}", group.document)
+            yield Found(f"{unit.label}/{group.name}", group.document, group.share)
 
 
 def _plan_folder(folder: Path, label: str) -> Iterator[Unit]:
-    names = []
-    for path, folders, files in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # A link to a folder is not followed, and is told of like one to a file.
-        linked = [name for name in folders if os.path.islink(os.path.join(path, name))]
-        names += [
-            os.path.relpath(os.path.join(path, name), folder) for name in files + linked if not name.startswith(".")
-        ]
+    names = _names(folder)
     many = sorted(name for name in names if format_of(name))
     for name in many:
         yield from _plan_file(format_of(name) or "jsonl", folder / name, os.path.join(label, shown(name)))
@@ -109,6 +109,18 @@ def _plan_folder(folder: Path, label: str) -> Iterator[Unit]:
         batch = tuple(groups[start : start + UNIT_DOCUMENTS])
         size = sum(os.lstat(folder / name).st_size for group in batch for name in group)
         yield Unit("files", str(folder), label, groups=batch, nbytes=size)
+
+
+def _names(folder: Path) -> list[str]:
+    """The files below a folder, relative to it. A link to a folder is not followed, and is told of like one to a file."""
+    names = []
+    for path, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        linked = [name for name in folders if os.path.islink(os.path.join(path, name))]
+        names += [
+            os.path.relpath(os.path.join(path, name), folder) for name in files + linked if not name.startswith(".")
+        ]
+    return names
 
 
 def _raise(error: OSError) -> None:
@@ -158,7 +170,7 @@ def _plan_parquet(path: Path, label: str, size: int) -> Iterator[Unit]:
         return
     row = 1
     for i, group in enumerate(groups):
-        yield Unit("parquet", str(path), label, i, i + 1, row, nbytes=group.total_byte_size)
+        yield Unit("parquet", str(path), label, i, i + 1, row, nbytes=size // len(groups))
         row += group.num_rows
 
 
@@ -166,11 +178,17 @@ def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
     path, number = Path(unit.path), unit.first
     with unpacking(path) as raw:
         file: Any = raw
+        size = path.stat().st_size
         if path.suffix == ".gz":
-            file = Stream(raw, path.stat().st_size, most)
+            file = Stream(raw, size, most)
         else:
             raw.seek(unit.start)
-        left = unit.stop - unit.start if unit.stop else None
+        left = whole = unit.stop - unit.start if unit.stop else None
+
+        def found(document: Document | Rejected) -> Found:
+            share = share_of(raw, size) if left is None or whole is None else 1 - (left - taken) / whole
+            return Found(where, document, share)
+
         while left is None or left > 0:
             where = f"{unit.label}:{number}"
             try:
@@ -181,13 +199,14 @@ def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
                         taken += len(block)
                         if block.endswith(b"\n"):
                             break
-                    yield Found(where, too_large("the line", taken, most))
+                    yield found(too_large("the line", taken, most))
                 elif not line:
                     return
                 elif line.removeprefix(b"\xef\xbb\xbf").strip():
-                    yield Found(where, _document(partial(from_json, line, "the line"), where, path, most))
+                    yield found(_document(partial(from_json, line, "the line"), where, path, most))
             except (OSError, EOFError, zlib.error) as error:
-                yield Found(where, Rejected("damaged", f"cannot be read from here on ({error})"))
+                reason = f"the rest of the file cannot be read, from this line on ({error})"
+                yield Found(where, Rejected("damaged", reason), 1.0)
                 return
             number += 1
             if left is not None:
@@ -198,16 +217,27 @@ def _read_parquet(unit: Unit, most: int) -> Iterator[Found]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    row, path = unit.first, Path(unit.path)
+    row, path, rows, problem = unit.first, Path(unit.path), 0, None
     try:
         with ParquetFile(path, buffer_size=MB, page_checksum_verification=True) as file:
+            groups = range(unit.start, unit.stop)
+            rows = sum(file.metadata.row_group(i).num_rows for i in groups)
             # Row by row: a value that is stored once and repeated takes its size in each row of a batch.
-            for batch in file.iter_batches(batch_size=1, row_groups=range(unit.start, unit.stop)):
+            for batch in file.iter_batches(batch_size=1, row_groups=groups):
                 where = f"{unit.label}:{row}"
-                yield Found(where, _document(partial(_row, batch, most), where, path, most))
+                share = (row + 1 - unit.first) / max(rows, 1)
+                yield Found(where, _document(partial(_row, batch, most), where, path, most), share)
                 row += 1
     except (ArrowException, OSError, ValueError) as error:  # of the names of its columns, too
-        yield Found(f"{unit.label}:{row}", Rejected("damaged", f"cannot be read from here on ({error})"))
+        problem = error
+    lost = unit.first + rows - row
+    if lost > 0:
+        reason = (
+            f"rows {row:,} to {row + lost - 1:,}, the rest of the row group, cannot be read ({problem or 'they end'})"
+        )
+        yield Found(f"{unit.label}:{row}", Rejected("damaged", reason), 1.0, lost)
+    elif problem:
+        yield Found(f"{unit.label}:{row}", Rejected("damaged", f"the file cannot be read ({problem})"), 1.0)
 
 
 def _row(batch: Any, most: int) -> Any:

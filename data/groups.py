@@ -5,6 +5,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from data.files import MB, decoded, from_json, kind_of, read_within, shown, too_
 
 FILES_OF_A_DOCUMENT = 1000
 _LONGEST_PATH = 4096
+_ASIDE_BYTES = 10_000
 _BLOCK = 4 * MB
 _BOMB_RATIO, _BOMB_BYTES = 200, 1000 * MB
 """A compressed file that grows to more than so many times its size, and more than so many bytes, is given up."""
@@ -27,11 +29,19 @@ class Group(NamedTuple):
     name: str
     """Of its first file."""
     document: Document | Rejected
+    share: float
+    """Of all there is to read, which has been read so far."""
 
 
 def unpacking(path: Path) -> Any:
     """The file, opened; what gzip packed, as it was before."""
     return gzip.open(path) if path.suffix in (".gz", ".tgz") else path.open("rb")
+
+
+def share_of(file: Any, size: int) -> float:
+    """How much has been read of what `unpacking` opened, a file of `size` bytes on disk."""
+    on_disk: Any = file.fileobj if isinstance(file, gzip.GzipFile) else file
+    return on_disk.tell() / max(size, 1)
 
 
 def stem(name: str) -> tuple[str, str]:
@@ -46,8 +56,8 @@ def from_folder(folder: Path, groups: Sequence[Sequence[str]], label: str, most:
     def reader(name: str) -> Reader:
         return lambda left: read_within(folder, name, left)
 
-    for group in groups:
-        yield _group({name: reader(name) for name in group}, label, most)
+    for i, group in enumerate(groups, start=1):
+        yield _group({name: reader(name) for name in group}, label, most, i / len(groups))
 
 
 def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
@@ -55,11 +65,11 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
 
     What cannot be read on is one rejected document.
     """
-    at, left = path.name, most
+    at, left, size = path.name, most, path.stat().st_size
     group: dict[str, Reader] = {}
     with unpacking(path) as raw:
         try:
-            stream = Stream(raw, path.stat().st_size, most)
+            stream = Stream(raw, size, most)
             with tarfile.open(fileobj=stream, mode="r:") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # it would keep them all
@@ -69,7 +79,7 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                     if member.isdir():
                         continue
                     if group and stem(member.name) != stem(next(iter(group))):
-                        yield _group(group, label, most)
+                        yield _group(group, label, most, share_of(raw, size))
                         group, left = {}, most
                     if len(group) <= FILES_OF_A_DOCUMENT:  # one more than there may be tells that there are too many
                         data = _member(tar, member, left)
@@ -84,16 +94,16 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                 if rest.count(0) != len(rest):
                     raise tarfile.TarError("more follows the mark of its end")
             if group:
-                yield _group(group, label, most)
+                yield _group(group, label, most, 1.0)
         except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
             # What was not finished before may lack a file: it is part of what is lost.
             name = shown(next(iter(group), at))
-            yield Group(name, Rejected("damaged", f"cannot be read from {at} on ({error})"))
+            yield Group(name, Rejected("damaged", f"the rest of the file cannot be read, from {at} on ({error})"), 1.0)
 
 
-def _group(group: Mapping[str, Reader], label: str, most: int) -> Group:
+def _group(group: Mapping[str, Reader], label: str, most: int, share: float) -> Group:
     first = next(iter(group))
-    return Group(shown(first), _grouped(shown(os.path.join(label, *stem(first))), group, most))
+    return Group(shown(first), _grouped(shown(os.path.join(label, *stem(first))), group, most), share)
 
 
 def _given(data: bytes | Rejected) -> Reader:
@@ -127,23 +137,25 @@ def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Documen
         if len(group) > FILES_OF_A_DOCUMENT:
             raise Rejected("too large", f"found more than {FILES_OF_A_DOCUMENT:,} files of one document")
         contents: dict[str, bytes] = {}
+        aside: dict[str, str] = {}
         record: Any = {}
         left = most
-        for name, read in group.items():
-            is_json = name.lower().endswith(".json")
-            if kind_of(name) is None and not is_json:
-                found = os.path.splitext(name)[1] or "no extension"
-                raise Rejected(
-                    "file type", f"{name}: found {found}, expected .json, a text, an image, a video or a sound"
-                )
+        # What is of no kind comes last: alone, it is no document.
+        for name, read in sorted(group.items(), key=lambda file: _kind(file[0]) is None):
+            kind = _kind(name)
+            if kind is None and not (contents or record):
+                raise _of_no_kind(name)
             data = read(left)
             left -= len(data)
-            if is_json:
+            if kind == "json":
                 record = from_json(data, name)
-            else:
+            elif kind:
                 contents[name] = data
+            else:
+                aside[shown(os.path.basename(name).partition(".")[2])] = _aside(data, name)
         if isinstance(record, dict) and not record.keys() & {*FORMS, *MEDIA}:
-            return parse({**record, "parts": _parts(contents)}, default_id)
+            document = parse({**record, "parts": _parts(contents)}, default_id)
+            return replace(document, metadata={**aside, **(document.metadata or {})} or None)
 
         def named(path: str) -> bytes:
             for name, data in contents.items():
@@ -151,9 +163,32 @@ def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Documen
                     return data
             raise Rejected("missing file", f"{path}: is not among {', '.join(contents) or 'no files'}")
 
-        return with_files(parse(record, default_id), named)
+        document = with_files(parse(record, default_id), named)
+        return replace(document, metadata={**aside, **(document.metadata or {})} or None)
     except Rejected as rejected:
         return rejected
+
+
+def _kind(name: str) -> str | None:
+    return "json" if name.lower().endswith(".json") else kind_of(name)
+
+
+def _aside(data: bytes, name: str) -> str:
+    """A small text of no kind, such as a class's number, beside files of a document."""
+    if len(data) > _ASIDE_BYTES:
+        raise _of_no_kind(name)
+    try:
+        return decoded(data, name)
+    except Rejected:
+        raise _of_no_kind(name) from None
+
+
+def _of_no_kind(name: str) -> Rejected:
+    return Rejected(
+        "file type",
+        f"{name}: found {os.path.splitext(name)[1] or 'no extension'}, expected .json, a text, an image, a video or a sound; "
+        f"or, beside one of these, UTF-8 of at most {_ASIDE_BYTES:,} bytes, which is kept as metadata",
+    )
 
 
 def _parts(contents: Mapping[str, bytes]) -> list[dict[str, Any]]:

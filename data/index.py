@@ -6,7 +6,7 @@ Letters: N documents, F files of all documents.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -91,17 +91,10 @@ class Part:
                 arrays[field.name] = np.concatenate([getattr(part, field.name) for part in parts])
         return cls(**arrays, names=names)
 
-    def write(self, folder: Path, i: int, rejected: Sequence[dict[str, str]]) -> None:
-        """Keeps the part of unit i, whole or not at all."""
-        _write(
-            folder / f"{i:06d}.rejected.jsonl",
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected),
-        )
+    def write(self, folder: Path, i: int, read: int, rejected: int) -> None:
+        """Keeps the part of unit i, with how many of its records were read and rejected, whole or not at all."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "names"}
-        _write(
-            folder / f"{i:06d}.json",
-            json.dumps({"names": self.names, "counts": [len(self) + len(rejected), len(rejected)]}),
-        )
+        _write(folder / f"{i:06d}.json", json.dumps({"names": self.names, "counts": [read, rejected]}))
         beside = folder / f".{i:06d}.npz"
         with beside.open("wb") as file:
             np.savez(file, **arrays)
@@ -126,9 +119,9 @@ class Part:
             return cls(**{name: arrays[name] for name in arrays.files}, names=names)
 
     @staticmethod
-    def rejected(folder: Path, i: int) -> Iterator[dict[str, str]]:
-        with (folder / f"{i:06d}.rejected.jsonl").open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+    def rejections(i: int) -> str:
+        """The file beside it, with a line of JSON for each record of unit i that was rejected."""
+        return f"{i:06d}.rejected.jsonl"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What a prepared data set holds, in numbers."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from data.items import COUNTS, Room, cut
 from data.media import Media
 from data.prepared import Prepared
 from data.tokenizer import load_file
+from sharding.errors import UserError
 
 QUANTILES = {"least": 0.0, "median": 0.5, "mean": None, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
@@ -32,6 +35,8 @@ def inspect_data(folder: Path) -> dict[str, Any]:
         "read": facts["read"],
         "documents": {"train": facts["written"] - facts["held_out"], "held out": facts["held_out"]},
         "rejected": facts["rejected"],
+        "rejected first": _first_rejected(folder, facts["rejected"]),
+        "files read only if a record names them": facts.get("read_only_if_named", {}),
         "text tokens": facts["tokens"],
         "tokens of a document": _spread(index.tokens),
         "files": files,
@@ -65,6 +70,23 @@ def inspect_rows(folder: Path, config: DataConfig, spec: MediaSpec) -> dict[str,
         "tokens of an item": _spread(items["lengths"]),
         "too long for a row": dict(zip(COUNTS, items["counts"].tolist(), strict=True)),
     }
+
+
+def _first_rejected(folder: Path, rules: Mapping[str, int]) -> dict[str, str]:
+    """Of each rule, where the first record that it rejected was, and why; and the file with all of them."""
+    if not rules:
+        return {}
+    first: dict[str, str] = {}
+    path = folder / "rejected.jsonl"
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in map(json.loads, lines):
+                first.setdefault(line["rule"], f"{line['where']}: {line['reason']}")
+                if len(first) == len(rules):
+                    break
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is missing or damaged ({error!r}). Prepare the data again.") from error
+    return first | {"all of them": str(path)}
 
 
 def _sizes(kind: str, facts: np.ndarray) -> dict[str, Any]:

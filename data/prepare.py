@@ -6,8 +6,8 @@
     DIR/index/           an array for each fact of the documents
     DIR/rejected.jsonl   what could not be used, and why: read = written + rejected
 
-The units are prepared in parallel and kept as they are finished, so the same command goes on where it was stopped. What
-comes out does not depend on the number of workers, nor on interruptions.
+The units are prepared in parallel (`data.prepare_unit`) and kept as they are finished, so the same command goes on where it
+was stopped. What comes out does not depend on the number of workers, nor on interruptions.
 """
 
 import concurrent.futures
@@ -21,31 +21,29 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from data import formats
 from data.documents import Rejected
 from data.files import shown
-from data.filters import TRANSFORMS, check, load_classifier, transformed
+from data.filters import TRANSFORMS, load_classifier
 from data.index import FORMAT, Index, Part, write_json
-from data.records import Entry, prepared
-from data.shards import Shards, shard_name
+from data.prepare_unit import Progress, prepare_unit, start, token_dtype, use
+from data.shards import Shards
 from data.tokenizer import Tokenizer, load_bpe, load_bytes, load_file
 from data.units import Unit
 from sharding.errors import UserError
 
 SAMPLE_CHARACTERS = 30_000_000
 """Characters of text that a tokenizer is trained on, taken from all units alike."""
-SHARD_OPTIONS = "group_size:1,uncompressed"
+_SECONDS_BETWEEN_TELLS = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,11 @@ class Options:
     classifier: str = ""
     keep_duplicates: bool = False
     """Keep documents whose content is that of an earlier one."""
+
+    @property
+    def most(self) -> int:
+        """Bytes of the largest record."""
+        return int(self.max_record_mb * 10**6)
 
     def check(self) -> None:
         """Raises `UserError` for a value that cannot be."""
@@ -118,7 +121,8 @@ def prepare(
     except OSError as error:
         raise _unwritable(out, error) from error
     _prepare_units(work, units, options, tokenizer, workers, tell)
-    return _finish(out, [shown(str(source.resolve())) for source in sources], len(units), options, tokenizer)
+    beside = {shown(str(source)): count for source in sources if (count := formats.beside_records(source))}
+    return _finish(out, [shown(str(source.resolve())) for source in sources], len(units), options, tokenizer, beside)
 
 
 def prepare_built_in(
@@ -138,7 +142,7 @@ def prepare_built_in(
                 work = _begin(out, units, [], options)
                 _write_text(out / "tokenizer.json", tokenizer.serialised)
                 _prepare_units(work, units, options, tokenizer, workers, tell)
-                _finish(out, [name], len(units), options, tokenizer)
+                _finish(out, [name], len(units), options, tokenizer, {})
     except OSError as error:
         raise _unwritable(out, error) from error
 
@@ -197,7 +201,7 @@ def _sample(units: Sequence[Unit], options: Options) -> list[str]:
     texts = []
     for unit in units:
         left = share
-        for found in formats.read(unit, _most(options)):
+        for found in formats.read(unit, options.most):
             if isinstance(found.document, Rejected):
                 continue
             for part in found.document.parts:
@@ -220,10 +224,6 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _most(options: Options) -> int:
-    return int(options.max_record_mb * 10**6)
-
-
 def _prepare_units(
     work: Path,
     units: Sequence[Unit],
@@ -233,31 +233,38 @@ def _prepare_units(
     tell: Callable[[Told], None],
 ) -> None:
     """Prepares every unit that is not finished, `workers` of them at a time; 0 for one after the other in this process."""
-    counts = {i: Part.counts(work, i) for i in range(len(units)) if Part.exists(work, i)}
+    context = multiprocessing.get_context("spawn")  # a forked child would share locks with the parent's threads
+    progress = Progress(context, len(units))
+    for i in range(len(units)):
+        if Part.exists(work, i):
+            progress.table[i] = units[i].nbytes, *Part.counts(work, i)
     total = sum(unit.nbytes for unit in units)
 
     def told() -> None:
-        done = sum(units[i].nbytes for i in counts)
-        tell(Told(done, total, *(sum(count[k] for count in counts.values()) for k in range(2))))
+        done, read, rejected = progress.table.sum(axis=0).tolist()
+        tell(Told(done, total, read, rejected))
 
     told()
-    left = [i for i in range(len(units)) if i not in counts]
+    left = [i for i in range(len(units)) if not Part.exists(work, i)]
     if not left:
         return
     if not workers:
-        _set(work, options, tokenizer)
+        use(work, options, tokenizer, progress)
         for i in left:
-            counts[i] = _prepare_unit(i, units[i])
+            prepare_unit(i, units[i])
             told()
         return
-    context = multiprocessing.get_context("spawn")  # a forked child would share locks with the parent's threads
-    arguments = (work, options, tokenizer)
+    arguments = (work, options, tokenizer, progress)
     others = set(multiprocessing.active_children())
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(left)), context, _start, arguments) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(left)), context, start, arguments) as pool:
+        running = {pool.submit(prepare_unit, i, units[i]) for i in left}
         try:
-            running = {pool.submit(_prepare_unit, i, units[i]): i for i in left}
-            for future in concurrent.futures.as_completed(running):
-                counts[running[future]] = future.result()
+            while running:
+                done, running = concurrent.futures.wait(
+                    running, _SECONDS_BETWEEN_TELLS, concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    future.result()
                 told()
         except (BrokenProcessPool, MemoryError) as error:
             raise UserError(
@@ -268,108 +275,18 @@ def _prepare_units(
             raise _unwritable(work.parent, error) from error
         finally:
             # After an error, or Ctrl-C, what they are at is not waited for: it is begun again the next time.
-            for child in set(multiprocessing.active_children()) - others if len(counts) < len(units) else ():
+            for child in set(multiprocessing.active_children()) - others if running else ():
                 child.terminate()
             pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Path, Options, Tokenizer, Any]
-
-
-def _start(work: Path, options: Options, tokenizer: Tokenizer) -> None:
-    """Runs first in each worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _set(work, options, tokenizer)
-
-
-def _set(work: Path, options: Options, tokenizer: Tokenizer) -> None:
-    """What `_prepare_unit` works with."""
-    global _worker
-    _worker = work, options, tokenizer, load_classifier(options.classifier) if options.classifier else None
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed can tell nobody: its workers would go on, and then wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-class _ShardWriter:
-    """A shard that has its name once it is complete, and is gone where it is not."""
-
-    def __init__(self, path: Path, unfinished: Path):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._path, self._unfinished = path, unfinished
-        self._writer = ArrayRecordWriter(str(unfinished), SHARD_OPTIONS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self._said_plainly(self._writer.close)
-            if kind is None:
-                descriptor = os.open(self._unfinished, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                self._unfinished.rename(self._path)
-        finally:
-            self._unfinished.unlink(missing_ok=True)
-
-    def write(self, record: bytes) -> None:
-        self._said_plainly(self._writer.write, record)
-
-    @staticmethod
-    def _said_plainly(write: Callable[..., None], *arguments: bytes) -> None:
-        """The library raises RuntimeError, of a full disk too."""
-        try:
-            write(*arguments)
-        except RuntimeError as error:
-            raise OSError(str(error)) from error
-
-
-def _prepare_unit(i: int, unit: Unit) -> tuple[int, int]:
-    """Prepares one unit: (records read, records rejected)."""
-    work, options, tokenizer, classify = _worker
-    entries: list[Entry] = []
-    rejected: list[dict[str, str]] = []
-    dtype = token_dtype(tokenizer.size)
-    # Named by the process: of two that are at the same unit, neither may finish the file of the other.
-    unfinished = work / f"{i:06d}.{os.getpid()}.array_record"
-    with _ShardWriter(work.parent / "shards" / shard_name(i), unfinished) as writer:
-        for found in formats.read(unit, _most(options)):
-            try:
-                document = found.document
-                if isinstance(document, Rejected):
-                    raise document
-                if options.transforms:
-                    document = transformed(document, options.transforms)
-                record, entry = prepared(document, found.where, tokenizer, dtype)
-                check(document, entry, options.filters, classify)
-            except Rejected as reason:
-                rejected.append({"where": found.where, "rule": reason.rule, "reason": reason.reason})
-            else:
-                writer.write(record)
-                entries.append(entry)
-    Part.of(entries).write(work, i, rejected)
-    return len(entries) + len(rejected), len(rejected)
-
-
-def token_dtype(size: int) -> np.dtype:
-    """How tokens are stored."""
-    return np.dtype("<u2" if size <= 2**16 else "<u4")
-
-
-def _finish(out: Path, sources: Sequence[str], units: int, options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes the index, what was rejected, and last dataset.json."""
+def _finish(
+    out: Path, sources: Sequence[str], units: int, options: Options, tokenizer: Tokenizer, beside: dict[str, int]
+) -> dict[str, Any]:
+    """Writes the index, what was rejected, and last dataset.json. `beside`: files that only records name, by folder."""
     work = out / "unfinished"
     parts = [Part.read(work, i) for i in range(units)]
+    read = sum(Part.counts(work, i)[0] for i in range(units))
     part, dtype = Part.joined(parts), token_dtype(tokenizer.size)
     shards = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts])
     records = np.concatenate([np.arange(len(p), dtype=np.int32) for p in parts])
@@ -384,7 +301,7 @@ def _finish(out: Path, sources: Sequence[str], units: int, options: Options, tok
             for line in itertools.chain(
                 _rejected(work, units), _duplicates(out, shards, records, by_id, by_content, dtype)
             ):
-                rules[line["rule"]] += 1
+                rules[line["rule"]] += line.get("records", 1)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(work / "rejected.jsonl", out / "rejected.jsonl")
         facts = {
@@ -393,14 +310,20 @@ def _finish(out: Path, sources: Sequence[str], units: int, options: Options, tok
             "options": dataclasses.asdict(options),
             "tokenizer": tokenizer.digest,
             "token_dtype": dtype.str,
-            "read": len(part) + sum(rules.values()) - int((~kept).sum()),
+            "read": read,
             "written": len(index),
             "rejected": dict(rules.most_common()),
+            "read_only_if_named": beside,
             "digest": hashlib.sha256(
                 part.id_digests[kept].tobytes() + part.content_digests[kept].tobytes()
             ).hexdigest(),
             **index.facts_of(),
         }
+        if read != len(index) + sum(rules.values()):
+            raise UserError(
+                f"{out}: {read:,} records were read, but {len(index):,} are written and {sum(rules.values()):,} rejected: "
+                "files of it were lost or changed meanwhile. Remove it, and prepare the data again."
+            )
         if not len(index):
             raise UserError(
                 f"{out}: none of {facts['read']:,} records could be used; {out / 'rejected.jsonl'} says why."
@@ -421,14 +344,15 @@ def _repeated(digests: np.ndarray, among: np.ndarray) -> np.ndarray:
     return repeated
 
 
-def _rejected(work: Path, units: int) -> Iterator[dict[str, str]]:
+def _rejected(work: Path, units: int) -> Iterator[dict[str, Any]]:
     for i in range(units):
-        yield from Part.rejected(work, i)
+        with (work / Part.rejections(i)).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
 
 def _duplicates(
     out: Path, shards: np.ndarray, records: np.ndarray, by_id: np.ndarray, by_content: np.ndarray, dtype: np.dtype
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     numbers = np.flatnonzero(by_id | by_content)
     with Shards(out / "shards", dtype) as reader:
         for n in numbers.tolist():

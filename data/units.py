@@ -34,3 +34,7 @@ class Found(NamedTuple):
     where: str
     """File and line, row or member, from the name of the source on."""
     document: Document | Rejected
+    share: float
+    """Of the unit, which has been read so far."""
+    records: int = 1
+    """That it stands for: more than one where the rest of a row group is lost."""

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from data import prepare as module
+from data import prepare_unit
 from data.prepare import Options, prepare
 from data.prepared import Prepared
 from data.records import Record
@@ -20,8 +20,7 @@ class InProcess:
     """Stands for the processes, which take seconds to start."""
 
     def __init__(self, workers: int, context: object, start: object, arguments: tuple[Any, ...]):
-        classify = module.load_classifier(arguments[1].classifier) if arguments[1].classifier else None
-        module._worker = (*arguments, classify)
+        prepare_unit.use(*arguments)
 
     def __enter__(self) -> "InProcess":
         return self

@@ -148,6 +148,15 @@ def test_enormous_input_takes_bounded_memory(tmp_path):
     assert memory < 400 * MB, f"{memory:,}"
 
 
+def test_what_is_held_of_records_does_not_grow_with_the_file(tmp_path):
+    """One unit of 400,000 records: kept as Python objects, they would take hundreds of MB."""
+    good = b"".join(b'{"text": "%d"}\n' % i for i in range(100_000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(good + b"a\n" * 300_000))
+    said, memory = prepared(tmp_path / "out", tmp_path / "a.jsonl.gz")
+    assert "400,000 records read = 100,000 documents" in said and "+ 300,000 rejected" in said
+    assert memory < 260 * MB, f"{memory:,}"
+
+
 def test_a_word_without_end_does_not_keep_the_tokenizer_busy(tmp_path):
     rng = np.random.default_rng(0)
     dna = "".join(rng.choice(list("ACGT"), 200_000))

@@ -213,7 +213,7 @@ def test_a_value_that_is_repeated_is_held_once(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" * 10, b"no table"])
 def test_what_is_no_table_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
-    assert "cannot be read from here on" in refused(found(tmp_path / "a.parquet"), "damaged")
+    assert "the file cannot be read" in refused(found(tmp_path / "a.parquet"), "damaged")
 
 
 def test_a_damaged_table_gives_no_other_rows(tmp_path):
@@ -221,10 +221,27 @@ def test_a_damaged_table_gives_no_other_rows(tmp_path):
     content = whole.read_bytes()
     for left in (-1, -8, -200, len(content) // 2):
         assert texts(found(tree(tmp_path, {"cut.parquet": content[:left]}) / "cut.parquet")) == ["[damaged]"]
-    assert (
-        texts(found(tree(tmp_path, {"hole.parquet": content[:50] + b"!" + content[51:]}) / "hole.parquet"))[0]
-        == "[damaged]"
-    )
+    for at in (50, len(content) // 2 + 100):  # in the first row group, in the second
+        holed = tree(tmp_path, {"hole.parquet": content[:at] + b"!" + content[at + 1 :]}) / "hole.parquet"
+        records = found(holed)
+        lost = [record for record in records if isinstance(record.document, Rejected)]
+        assert [record.records for record in lost] == [10] and sum(record.records for record in records) == 20
+        first = 1 if at == 50 else 11
+        assert lost[0].where == f"hole.parquet:{first}"
+        assert f"rows {first} to {first + 9}, the rest of the row group" in refused(lost, "damaged")
+
+
+def test_how_much_of_a_file_was_read_grows_to_all_of_it(tmp_path):
+    records = [{"text": os.urandom(20_000).hex()} for _ in range(40)]
+    table(tmp_path / "a.parquet", {"text": [record["text"] for record in records]}, rows=40)
+    members = tar(*((f"{i}.txt", record["text"].encode()) for i, record in enumerate(records)))
+    files = {"a.jsonl": lines(*records), "b.jsonl.gz": gzip.compress(lines(*records)), "c.tar": members}
+    tree(tmp_path, files | {"d.tgz": gzip.compress(members)})
+    tree(tmp_path / "e", {f"{i}.txt": record["text"].encode() for i, record in enumerate(records)})
+    for name in ("a.parquet", *files, "d.tgz", "e"):
+        shares = [record.share for record in found(tmp_path / name)]
+        assert len(shares) == 40 and shares == sorted(shares) and 0 < shares[0] < 0.5 < shares[-1] <= 1, name
+        assert 0.3 < shares[19] < 0.7, name
 
 
 # Tar files
@@ -276,6 +293,17 @@ def test_a_record_of_a_tar_names_its_files(tmp_path):
     record = b'{"parts": [{"type": "text", "text": "a"}, {"type": "image", "path": "1.jpg"}]}'
     assert texts(of_tar(tmp_path, tar(("b/1.json", record), ("b/1.jpg", b"picture")))) == ["a+picture"]
     assert "is not among" in refused(of_tar(tmp_path, tar(("b/1.json", record), ("b/1.png", b"x"))), "missing file")
+
+
+def test_small_texts_of_no_kind_are_metadata(tmp_path):
+    members = [("0.cls", b"3"), ("0.txt", b"zero"), ("0.seg.id", b"7\n"), ("0.json", b'{"cls": "own", "n": 1}')]
+    members += [("1.json", b'{"text": "one"}'), ("1.cls", b"4"), ("2.txt", b"two"), ("2.npy", b"\x93NUMPY")]
+    members += [("3.txt", b"three"), ("3.log", b"x" * 10_001), ("4.cls", b"5"), ("5.txt", b"five"), ("5.cls", b"6")]
+    for records in (of_tar(tmp_path, tar(*members)), found(tree(tmp_path / "f", dict(members)))):
+        assert texts(records) == ["zero", "one", "[file type]", "[file type]", "[file type]", "five"]
+        kept = [record.document.metadata for record in records if isinstance(record.document, Document)]
+        assert kept == [{"cls": "own", "seg.id": "7\n", "n": 1}, {"cls": "4"}, {"cls": "6"}]
+        assert "2.npy: found .npy, expected" in refused(records[2:3], "file type")
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -439,6 +467,12 @@ def test_what_is_no_plain_file_is_refused_by_name(tmp_path):
 def test_files_with_records_stand_for_their_folder(tmp_path):
     files = {"data/b.jsonl": lines({"image": "p/1.jpg"}), "data/p/1.jpg": b"picture", "a.jsonl": lines({"text": "a"})}
     assert texts(found(tree(tmp_path / "f", files))) == ["a", "picture"]
+
+
+def test_files_beside_those_with_records_are_counted(tmp_path):
+    alone = tree(tmp_path / "f", {"a.txt": b"a", "b/c.png": b"c"})
+    mixed = tree(tmp_path / "g", {"a.jsonl": b"", "a.txt": b"a", "b/c.png": b"c", ".hidden": b""})
+    assert [formats.beside_records(source) for source in (alone, mixed, mixed / "a.jsonl")] == [0, 2, 0]
 
 
 def test_sources_that_cannot_be_read_are_errors(tmp_path):

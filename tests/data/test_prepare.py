@@ -282,6 +282,39 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path):
     assert len(records(made(out, source, folder, **options))) == 2
 
 
+def test_the_bar_moves_within_a_file_and_ends_with_it(tmp_path, processes):
+    (tmp_path / "a.tar").write_bytes(tar({f"{i}.txt": b"text" for i in range(300)} | {"x.xyz": b"?"}))
+    (tmp_path / "slow.py").write_text("import time\ndef judge(document): time.sleep(0.01)\n")
+    heard = []
+    options = module.Options(tokenizer="bytes", keep_duplicates=True, classifier=f"{tmp_path / 'slow.py'}:judge")
+    module.prepare([tmp_path / "a.tar"], tmp_path / "out", options, 1, heard.append)
+    within = [told for told in heard if 0 < told.read < 301]
+    assert within and all(0 < told.done < told.total for told in within)
+    assert heard == sorted(heard, key=lambda told: (told.done, told.read))
+    last = heard[-1]
+    assert (last.done, last.read, last.rejected) == (last.total, 301, 1)
+
+
+def test_what_was_read_is_counted_by_itself(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}, {"text": ""}, {"text": "b"}))
+    interrupted(tmp_path / "out", tmp_path / "a.jsonl")
+    (tmp_path / "out" / "unfinished" / "000000.rejected.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match=r"3 records were read, but 2 are written and 0 rejected.*Remove it"):
+        made(tmp_path / "out", tmp_path / "a.jsonl")
+
+
+def test_all_rows_of_a_damaged_row_group_count_as_rejected(tmp_path):
+    table = pa.table({"text": [os.urandom(300).hex() for _ in range(30)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10, write_page_checksum=True)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.parquet").write_bytes(content)
+    facts = made(tmp_path / "out", tmp_path / "a.parquet").facts
+    assert (facts["read"], facts["written"], facts["rejected"]) == (30, 20, {"damaged": 10})
+    [line] = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert line["records"] == 10 and "rows 11 to 20" in line["reason"]
+
+
 def test_a_folder_that_is_taken_is_left_alone(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
     (tmp_path / "foreign").mkdir()

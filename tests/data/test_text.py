@@ -117,7 +117,7 @@ def test_a_warm_start_notes_the_same_as_a_cold_one(library, monkeypatch, tmp_pat
             (source,) = load_sources(config, MediaSpec(), held_out, tokenizer, ["text"], lambda told: None)
             assert source.notes == notes
         monkeypatch.setattr("data.sources.cut", lambda *_: pytest.fail("listed again"))
-        monkeypatch.setattr("data.prepare._prepare_unit", lambda *_: pytest.fail("prepared again"))
+        monkeypatch.setattr("data.prepare.prepare_unit", lambda *_: pytest.fail("prepared again"))
 
 
 @pytest.mark.parametrize(("length", "held_out"), [(256, False), (40, True)])
