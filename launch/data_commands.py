@@ -76,6 +76,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     with prepare_bar("preparing") as tell:
         facts = prepare(arguments.sources, arguments.out, options, arguments.workers, tell)
     print(f"{arguments.out}: {_counted(facts)}")
+    for folder, count in facts["read_only_if_named"].items():
+        print(
+            f"{folder}: {count:,} files beside its JSONL, Parquet and tar files were read only where a record names them. To "
+            "make documents of the others, put them in a folder of their own."
+        )
     print(f"train on it: --config.data.paths.NAME={arguments.out} --config.data.tokenizer={arguments.out}")
 
 
@@ -116,18 +121,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
         run = load_run(arguments.config, arguments.overrides)
         facts |= {f"in rows of {run.name}": inspect_rows(arguments.folder, run.data, run.media)}
     print(json.dumps(facts, indent=2) if arguments.json else render(facts, str(arguments.folder)))
+    if facts["files"] and not arguments.config and not arguments.json:
+        print(
+            f"  how many tokens the files are depends on the model: --config FILE counts them ({', '.join(facts['files'])})"
+        )
 
 
 def _add_show(subparsers: Any) -> tuple[str, Command]:
     show = subparsers.add_parser(
         "data show",
         run=_show,
-        usage="drover data show --config FILE [--step N] [--out FILE.html] [--config.NAME=VALUE ...]",
+        usage="drover data show (--config FILE [--config.NAME=VALUE ...] | --workdir RUN) [--step N] [--out FILE.html]",
         help="a page of the batch that a step trains on",
         description="Writes a page of one batch as the model gets it: rows, segments, texts with their weights in the loss, "
-        "images and sounds in their places.",
+        "images and sounds in their places. Of a run (--workdir), the batch that it trained on, whatever was changed since.",
     )
-    show.flag("--config", required=True, metavar="FILE[:ARG]", help="config file (Python code, which is run)")
+    one = show.one_of()
+    show.flag("--config", one, metavar="FILE[:ARG]", help="config file (Python code, which is run)")
+    show.flag("--workdir", one, type=Path, metavar="RUN", help="run directory; quick from its checkpoints on")
     show.flag("--step", type=int, default=1, metavar="N", help="from 1, the default")
     show.flag("--held-out", action="store_true", help="held-out batch N instead")
     show.flag("--out", type=Path, metavar="FILE.html", help="default: batch-N.html")
@@ -135,12 +146,35 @@ def _add_show(subparsers: Any) -> tuple[str, Command]:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from launch.config_file import load_run
+    step, held_out = arguments.step, arguments.held_out
+    if step < 1:
+        raise UserError(f"--step: found {step}, expected 1 or more")
+    if arguments.workdir:
+        if arguments.overrides:
+            raise UserError("overrides (--config.NAME=VALUE) go with --config FILE; a run has its config")
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the other devices may be the run's, which goes on
+        from launch import environment
 
-    run = load_run(arguments.config, arguments.overrides)
-    if arguments.step < 1:
-        raise UserError(f"--step: found {arguments.step}, expected 1 or more")
-    from trainer.data_page import write_data_page
+        environment.prepare(arguments.traceback)
+        from trainer.rundir import RunDirectory
 
-    out = arguments.out or Path(f"batch-{arguments.step}.html")
-    print(write_data_page(run, arguments.step, arguments.held_out, out))
+        directory = RunDirectory(arguments.workdir)
+        run = directory.load_config()
+    else:
+        from launch.config_file import load_run
+
+        directory, run = None, load_run(arguments.config, arguments.overrides)
+    if step > run.steps and not held_out:
+        raise UserError(f"--step: found {step:,}, expected at most {run.steps:,}, the steps of {run.name}")
+    from trainer.data_page import reach, write_data_page
+
+    if directory:
+        from trainer.trained_data import trained_data
+
+        dataset, first = trained_data(directory, run, step, held_out)
+    else:
+        from data.pipeline import build_dataset
+
+        dataset, first = build_dataset(run.data, run.media, "heldout" if held_out else "train"), 0
+    reach(dataset, first, step - 1)
+    print(write_data_page(run.name, dataset, step, held_out, arguments.out or Path(f"batch-{step}.html")))

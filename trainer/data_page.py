@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.pipeline import Batch, Dataset, Placed, build_dataset
+from data.pipeline import Batch, Dataset, Placed
 from data.tokenizer import AUDIO, PATCH, Tokenizer
 from sharding.errors import UserError
-from trainer.config import RunConfig
 from trainer.pictures import png, spectrogram
+from trainer.progress import work_bar
 from trainer.report_page import page, section, tile
 
 COLOURS = ("blue", "vermilion", "green", "violet", "sky")
+_STRIDE = 200
+"""Batches between two that are asked for on the way to a later one."""
 _STYLE = """
 <style>
 .bar { position: relative; height: 30px; background: var(--rule); border-radius: 4px; overflow: hidden; margin: 10px 0 14px; }
@@ -35,24 +37,23 @@ _STYLE = """
 """
 
 
-def write_data_page(run: RunConfig, step: int, held_out: bool, out: Path, dataset: Dataset | None = None) -> str:
+def write_data_page(run: str, dataset: Dataset, step: int, held_out: bool, out: Path) -> str:
     """Writes the page of the batch that a step trains on, and returns a line that sums it up.
 
     Args:
-        run: its data, model and mixture.
+        run: its name.
+        dataset: the run's, of the split.
         step: from 1; with `held_out`, the number of the held-out batch.
-        held_out: of the held-out split.
+        held_out: which split it is.
         out: the HTML file.
-        dataset: the run's, if it is there already.
 
     Raises:
         UserError: the data cannot be read, or `out` not written.
     """
-    dataset = dataset or build_dataset(run.data, run.media, "heldout" if held_out else "train")
     batch, placed = dataset.batch(step - 1), dataset.placed(step - 1)
     B, S = batch["tokens"].shape
     used, weighted = (batch["segment_ids"] > 0).sum(), (batch["loss_weights"] > 0).sum()
-    name = f"{run.name}: {'held-out batch' if held_out else 'batch of step'} {step}"
+    name = f"{run}: {'held-out batch' if held_out else 'batch of step'} {step}"
     figures = [
         tile(f"{100 * used / (B * S):.1f}", "%", f"of {B} x {S} token slots used"),
         tile(f"{100 * weighted / max(used, 1):.1f}", "%", "of the tokens weigh in the loss"),
@@ -80,6 +81,22 @@ def write_data_page(run: RunConfig, step: int, held_out: bool, out: Path, datase
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}). Give another file.") from error
     return f"{out}: {B} rows, {sum(map(len, placed))} segments, {100 * used / (B * S):.1f} % of the token slots used"
+
+
+def reach(dataset: Dataset, first: int, batch: int) -> None:
+    """Packs the rows up to a batch, and shows how far it is: from the start of the data, that may take long.
+
+    Args:
+        dataset: whose batch is to be shown.
+        first: the first batch that it finds without packing those before.
+        batch: from 0.
+    """
+    strides = range(first, batch, _STRIDE)
+    if len(strides) > 1:
+        with work_bar("packing", len(strides)) as done:
+            for at in strides:
+                dataset.position(at)
+                done(f"batch {at:,} of {batch:,}")
 
 
 def _colour(segment: int) -> str:
