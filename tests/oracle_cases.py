@@ -114,6 +114,37 @@ def random_batch(
     return batch | (_sound(config.audio, batch, windows, np.random.default_rng([seed, 4])) if config.audio else {})
 
 
+def with_clip(config: ModelConfig, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """The batch with another first row, as a video makes it: three frames with the text of a time before each, and text;
+    with an audio encoder, sound after the frames; then another document, with sound of its own.
+
+    A batch of 26 tokens a row with three tiles, or more.
+    """
+    assert config.vision
+    rng, P = np.random.default_rng([seed, 5]), config.vision.tokens_per_tile
+    batch = {name: array.copy() for name, array in batch.items()}
+    row = {name: array[0] for name, array in batch.items()}
+    for array in row.values():
+        array[...] = 0
+    row["image_positions"][:] = -1
+    frames = 3 * (1 + P)
+    for start, stop, segment in ((0, frames + 4, 1), (frames + 4, len(row["tokens"]) - 2, 2)):
+        where, size = slice(start, stop), stop - start
+        row["tokens"][where] = rng.integers(0, config.vocab_size, size)
+        row["segment_ids"][where], row["source_ids"][where] = segment, segment
+        row["positions"][where] = np.arange(size)
+        row["targets"][start : stop - 1] = row["tokens"][start + 1 : stop]
+        row["loss_weights"][start : stop - 1] = rng.choice([0.25, 1, 2], size - 1)
+    row["image_positions"][:3] = np.arange(frames).reshape(3, 1 + P)[:, 1:]
+    row["image_tiles"][:3] = rng.integers(0, 256, row["image_tiles"][:3].shape)
+    if config.audio:
+        row["audio_positions"][:] = -1
+        row["audio_positions"][1, :2] = frames + np.arange(1, 3)
+        row["audio_positions"][3, :2] = frames + 4 + np.arange(2)
+        row["audio_frames"][:] = rng.standard_normal(row["audio_frames"].shape)
+    return batch
+
+
 def _sound(
     audio: AudioConfig, batch: Mapping[str, np.ndarray], windows: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:

@@ -31,6 +31,7 @@ from tests.oracle_cases import (
     random_params,
     routing_margin,
     shipped,
+    with_clip,
 )
 from trainer.config import OptimizerConfig, RunConfig
 from trainer.objective import next_token_objective
@@ -112,7 +113,7 @@ def config_of(case: Case, dtype: str) -> ModelConfig:
 
 
 def run_case(case: Case, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
-    """Two batches of one shape through one compilation, in float64."""
+    """Two batches of one shape through one compilation, in float64; with images, one has a clip."""
     config, micro_batches = config_of(case, "float64"), int(case["micro-batches"])
     assert not list(config.problems())
     if case["blocks"] == "small":  # several blocks of queries, of keys and of expert rows
@@ -122,7 +123,9 @@ def run_case(case: Case, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None
         run = shipped(config, micro_batches)
         for draw in (2 * seed, 2 * seed + 1):
             params, bias = oracle.as_float64(random_params(config, draw)), random_bias(config, draw)
-            batch = random_batch(config, draw)
+            batch = random_batch(config, draw, tiles=3)
+            if config.vision and draw % 2:
+                batch = with_clip(config, batch, draw)
             loss, sums, gradient = jax.device_get(run(params, bias, batch))
             total, parts, expected_gradient = expected(config, params, bias, batch, micro_batches)
             assert_same_values(sums, loss, parts, total, FLOAT64)
