@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.open_files import check_limit, mapped
 from sharding.errors import UserError
 
 
@@ -37,7 +38,7 @@ def arrays(folder: Path, name: str, make: Callable[[], Mapping[str, np.ndarray]]
     """Arrays kept in the folder folder/name, mapped from disk, made and kept if they are not there.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or too many files are open.
     """
     path = folder / name
     if not (path / "complete").exists():
@@ -60,8 +61,9 @@ def arrays(folder: Path, name: str, make: Callable[[], Mapping[str, np.ndarray]]
         except OSError as error:
             raise _unwritable(folder, error) from error
     try:
-        return {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
+        return {file.stem: mapped(file) for file in sorted(path.glob("*.npy"))}
     except (OSError, ValueError, EOFError) as error:
+        check_limit(path, error)
         raise UserError(
             f"data.cache_dir: {path} is damaged ({error}). Delete that folder, and it is made anew."
         ) from error

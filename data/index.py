@@ -14,11 +14,16 @@ from typing import Any, Self
 import numpy as np
 
 from data.documents import MEDIA
+from data.open_files import check_limit, mapped
 from data.records import DIGEST_BYTES, FACTS, Entry
 from sharding.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Of a prepared data set; another one cannot be read."""
+NAMES = "names.json"
+"""Of the index: the values of `source`."""
+SOURCES_NAMED = 20
+"""Values of `source` that are counted one by one in dataset.json."""
 _OF_FILES = ("kinds", "places", "facts")
 """Arrays of the index with an entry for each file; the others have one for each document."""
 
@@ -54,6 +59,7 @@ class Part:
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Self:
         names = tuple(sorted({entry.source for entry in entries}))
+        numbers = {name: i for i, name in enumerate(names)}
 
         def files(name: str, width: tuple[int, ...] = ()) -> np.ndarray:
             return np.array([value for entry in entries for value in getattr(entry, name)], np.int32).reshape(
@@ -71,7 +77,7 @@ class Part:
             places=files("places"),
             facts=files("facts", (FACTS,)),
             splits=np.array([entry.split for entry in entries], np.uint8),
-            sources=np.array([names.index(entry.source) for entry in entries], np.int32),
+            sources=np.array([numbers[entry.source] for entry in entries], np.int32),
             id_digests=digests("id_digest"),
             content_digests=digests("content_digest"),
             nbytes=np.array([entry.nbytes for entry in entries], np.int64),
@@ -175,18 +181,22 @@ class Index:
         )
 
     def facts_of(self) -> dict[str, Any]:
-        """Counts for dataset.json."""
+        """Counts for dataset.json; of many sources, those of the largest."""
+        counts = np.bincount(self.sources, minlength=len(self.names))
+        largest = np.argsort(-counts, kind="stable")[:SOURCES_NAMED].tolist()
+        others = len(self.names) - len(largest), int(counts.sum() - counts[largest].sum())
         return {
             "held_out": int(self.held_out.sum()),
             "tokens": int(self.tokens.sum(dtype=np.int64)),
             "files": {kind: int((self.kinds == i).sum()) for i, kind in enumerate(MEDIA)},
             "bytes": int(self.nbytes.sum()),
-            "names": list(self.names),
-            "documents_by_source": {name: int((self.sources == i).sum()) for i, name in enumerate(self.names)},
+            "documents_by_source": {self.names[i]: int(counts[i]) for i in largest},
+            "other_sources": dict(zip(("sources", "documents"), others, strict=True)),
         }
 
     def write(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
+        _write(folder / NAMES, json.dumps(self.names, ensure_ascii=False))
         for field in dataclasses.fields(self):
             if field.name != "names":
                 with open(folder / f"{field.name}.npy", "wb") as file:
@@ -195,34 +205,34 @@ class Index:
                     os.fsync(file.fileno())
 
     @classmethod
-    def open(cls, folder: Path, names: Sequence[str]) -> Self:
+    def open(cls, folder: Path) -> Self:
         """The index in this folder, mapped from disk.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing or damaged, or too many files are open.
         """
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            if field.name == "names":
-                continue
-            path = folder / f"{field.name}.npy"
+            path = folder / (NAMES if field.name == "names" else f"{field.name}.npy")
             try:
-                # Some arrays are empty, which cannot be mapped.
-                arrays[field.name] = np.load(
-                    path, mmap_mode="r" if path.stat().st_size > 128 else None, allow_pickle=False
-                )
+                arrays[field.name] = tuple(json.loads(path.read_text("utf-8"))) if path.name == NAMES else mapped(path)
+            except UserError:
+                raise
             except Exception as error:  # of NumPy, of zipfile: whatever damaged bytes lead to
+                check_limit(path, error)
                 raise UserError(f"{path}: is missing or damaged ({error}). Prepare the data again.") from error
         documents = len(arrays["tokens"])
         files = int(arrays["file_starts"][-1]) if len(arrays["file_starts"]) else 0
         for name, array in arrays.items():
+            if name == "names":
+                continue
             expected = files if name in _OF_FILES else documents + (name == "file_starts")
             if len(array) != expected:
                 raise UserError(
                     f"{folder / name}.npy: found {len(array):,} entries, expected {expected:,}. Copy it again, or prepare "
                     "the data again."
                 )
-        return cls(**arrays, names=tuple(names))
+        return cls(**arrays)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -42,6 +42,7 @@ def inspect_data(folder: Path) -> dict[str, Any]:
         "files": files,
         "files of a document": _spread(np.diff(index.file_starts)),
         "sources": {name or "(not said)": count for name, count in facts["documents_by_source"].items()},
+        "other sources": facts["other_sources"] if facts["other_sources"]["sources"] else {},
         "bytes": facts["bytes"],
         "tokenizer": facts["tokenizer"],
         "digest": facts["digest"],

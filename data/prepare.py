@@ -315,7 +315,7 @@ def _finish(
             "rejected": dict(rules.most_common()),
             "read_only_if_named": beside,
             "digest": hashlib.sha256(
-                part.id_digests[kept].tobytes() + part.content_digests[kept].tobytes()
+                part.id_digests[kept].tobytes() + part.content_digests[kept].tobytes() + index.held_out.tobytes()
             ).hexdigest(),
             **index.facts_of(),
         }

@@ -33,7 +33,7 @@ from data.tokenizer import (
 )
 from sharding.errors import UserError
 
-_FORMAT = "3"
+_FORMAT = "4"
 
 
 class Document(NamedTuple):

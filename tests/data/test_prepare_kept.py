@@ -1,12 +1,16 @@
 """`drover data prepare`: which records stay, on which side, with which weights, and which are refused with their reason."""
 
 import json
+import re
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data.config import DataConfig, MediaSpec
+from data.inspect import inspect_data, render
+from data.pipeline import build_dataset
 from data.prepared import Prepared
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, TURN_END, load_file
 from sharding.errors import UserError
@@ -48,6 +52,40 @@ def test_of_a_few_documents_one_is_held_out_unless_they_say(tmp_path):
     assert made(tmp_path / "one", tmp_path / "a.jsonl").index.held_out.sum() == 1
     assert made(tmp_path / "none", tmp_path / "b.jsonl").index.held_out.sum() == 0
     assert made(tmp_path / "asked", tmp_path / "a.jsonl", held_out=0.0).index.held_out.sum() == 0
+
+
+def test_the_split_is_part_of_the_digest(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*({"text": f"{i}"} for i in range(40))))
+    some, none, again = (
+        made(tmp_path / name, tmp_path / "a.jsonl", held_out=share)
+        for name, share in (("some", 0.3), ("none", 0.0), ("again", 0.3))
+    )
+    assert some.facts["digest"] == again.facts["digest"] != none.facts["digest"]
+
+    def packed(data: Prepared, split: str) -> set[int]:
+        config = DataConfig(
+            mixture={"x": 1.0},
+            paths={"x": str(data.folder)},
+            tokenizer=str(data.folder),
+            cache_dir=str(tmp_path / "cache"),
+        )
+        return set(build_dataset(config, MediaSpec(), split)._sources[0].documents.tolist())
+
+    assert packed(none, "train") == set(range(40))
+    assert packed(some, "train") | packed(some, "heldout") == set(range(40))
+    assert not packed(some, "train") & packed(some, "heldout")
+
+
+def test_of_many_sources_the_largest_are_named(tmp_path):
+    lines = [{"text": f"{i} {k}", "source": f"s{i}"} for i in range(25) for k in range(i + 1)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*lines))
+    data = made(tmp_path / "out", tmp_path / "a.jsonl")
+    assert data.facts["documents_by_source"] == {f"s{i}": i + 1 for i in range(24, 4, -1)}
+    assert data.facts["other_sources"] == {"sources": 5, "documents": 15}
+    assert [data.index.names[i] for i in data.index.sources] == [record.source for record in records(data)]
+    said = render(inspect_data(data.folder), "x")
+    assert "s24 25" in said and "s4 " not in said
+    assert re.search(r"other sources +sources 5 +documents 15", said)
 
 
 def weighed(data: Prepared) -> list[list[tuple[str, float]]]:

@@ -1,6 +1,10 @@
 """A data set that is damaged is refused by name, never read as another one."""
 
+import contextlib
 import json
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +82,43 @@ def test_a_missing_shard_is_named(tmp_path):
         Shards(tmp_path, DTYPE).read([(7, 0)])
 
 
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """Some more files than are open may be."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_any_number_of_shards_is_read_with_few_files_open(whole, tmp_path, few_files):
+    content = (whole / "shards" / shard_name(0)).read_bytes()
+    for i in range(100):
+        (tmp_path / shard_name(i)).write_bytes(content)
+    expected = read(whole)[3]
+    data_sets = [Shards(tmp_path, DTYPE) for _ in range(2)]
+    for i in (*range(100), 0, 99, *range(0, 100, 3)):
+        for shards in data_sets:
+            [record] = shards.read([(i, 3)])
+            assert (record.id, record.tokens.tobytes()) == expected
+    for shards in data_sets:
+        shards.close()
+        assert not shards._readers
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_too_many_open_files_are_not_taken_for_damage(whole, few_files):
+    with contextlib.ExitStack() as stack:
+        shards = stack.enter_context(Shards(whole / "shards", DTYPE))
+        with contextlib.suppress(OSError):
+            while True:
+                stack.enter_context(open(whole / "dataset.json"))
+        for ask in (lambda: shards.read([(0, 3)]), lambda: Prepared.open(whole), lambda: Index.open(whole / "index")):
+            with pytest.raises(UserError, match=r"cannot be opened, since this process has \d+ files open .*ulimit -n"):
+                ask()
+
+
 def test_a_place_that_is_not_there_is_an_error(whole):
     with pytest.raises(UserError, match="is missing or damaged"), Shards(whole / "shards", DTYPE) as shards:
         shards.read([(0, 20)])
@@ -110,8 +151,15 @@ def test_a_damaged_index_is_named(tmp_path, name):
         Prepared.open(tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", ["", "[", "5"])
+def test_damaged_names_of_sources_are_named(tmp_path, content):
+    (write(tmp_path / "out") / "index" / "names.json").write_text(content)
+    with pytest.raises(UserError, match=r"names\.json: is missing or damaged"):
+        Prepared.open(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "5", '{"format": 1}', '{"format": 1, "names": [], "token_dtype": "<u2"}', "\udcff"]
+    "content", ["", "{", "[]", "5", '{"format": 2}', '{"format": 2, "token_dtype": "<u2"}', "\udcff"]
 )
 def test_a_damaged_dataset_json_is_named(tmp_path, content):
     path = write(tmp_path / "out") / "dataset.json"
@@ -124,7 +172,7 @@ def test_another_format_or_another_index_is_refused(whole, tmp_path):
     facts = json.loads((whole / "dataset.json").read_text())
     path = write(tmp_path / "out") / "dataset.json"
     for change, expected in (
-        ({"format": FORMAT + 1}, "expected 1"),
+        ({"format": FORMAT + 1}, f"expected {FORMAT}"),
         ({"written": 21}, "found 20 documents in the index"),
     ):
         path.write_text(json.dumps(facts | change))
