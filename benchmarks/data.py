@@ -4,7 +4,8 @@
 
 Makes documents of random letters of 60 and of 1,000 tokens on average (lognormal), prepares them into a temporary folder
 with the tokenizer of plain bytes, and goes through an epoch in one process: packing, reading, filling. Then the cost of
-jumping to a far batch, from the start and from a saved position, and how full and how evenly dear rows are.
+jumping to a far batch: from the start, from a saved position, and where another process has been there; in seconds of processor
+time, as it is nothing but packing. How full and how evenly dear rows of texts as on the web are: `benchmarks.packing`.
 """
 
 import argparse
@@ -19,12 +20,10 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig, MediaSpec
-from data.packing import Packing
 from data.pipeline import Dataset, build_dataset
 from data.prepare import Options, prepare
 
 SIGMA = 0.6
-DEVICES = (2, 4, 8)
 
 
 def made(folder: Path, count: int, mean: int) -> Path:
@@ -80,31 +79,19 @@ def epoch(dataset: Dataset) -> tuple[int, int, int, float]:
     return documents, tokens, slots, time.perf_counter() - start
 
 
-def spread(dataset: Dataset, parts: int, batches: int = 50) -> tuple[float, float]:
-    """Cost of the dearest of so many shares of a batch over the mean, (as packed, as ordered): squares of lengths."""
-    found = []
-    for order in ("packed", "ordered"):
-        ratios = []
-        for n in range(batches):
-            B = dataset.config.batch_size
-            rows = dataset.rows(n) if order == "ordered" else [dataset._packing.row(n * B + b) for b in range(B)]
-            costs = np.array([dataset._cost(row) for row in rows], float).reshape(parts, -1).sum(axis=1)
-            ratios.append(costs.max() / costs.mean())
-        found.append(float(np.mean(ratios)))
-    return found[0], found[1]
+def jump(config: DataConfig, n: int) -> tuple[float, float, float]:
+    """Seconds of processor time to the rows of batch n: from the start, from a position, from what the first has left."""
 
+    def asked(position: dict[str, Any] | None) -> tuple[Dataset, float]:
+        dataset = build_dataset(config, MediaSpec(), "train", position=position)
+        start = time.process_time()
+        dataset.rows(n)
+        return dataset, time.process_time() - start
 
-def jump(dataset: Dataset, n: int) -> tuple[float, float]:
-    """Seconds to the rows of batch n, without and with a saved position."""
-    start = time.perf_counter()
-    rows = dataset.rows(n)
-    first = time.perf_counter() - start
-    p, position = dataset._packing, dataset.position(n)
-    start = time.perf_counter()
-    arguments = p._sizes, p._shares, p._room, p._least, p._seed, p._row_parts, p._caps
-    dataset._packing = Packing(*arguments, position=position)
-    assert dataset.rows(n) == rows
-    return first, time.perf_counter() - start
+    first, alone = asked(None)
+    _, saved = asked(first.plain_position(first.where(n)))
+    _, again = asked(None)
+    return alone, saved, again
 
 
 def main() -> None:
@@ -143,15 +130,11 @@ def main() -> None:
             print(
                 f"  {100 * tokens / slots:.1f} % of the token slots useful; peak memory {before:.0f} -> {memory():.0f} MB"
             )
-            for parts in DEVICES:
-                packed, ordered = spread(dataset, parts)
-                print(
-                    f"  dearest of {parts} shares of a batch over the mean: {packed:.2f} as packed, {ordered:.2f} as ordered"
-                )
             if mean == 60:
-                alone, saved = jump(dataset, options.jump)
+                alone, saved, again = jump(config, options.jump)
                 print(
-                    f"  jump to batch {options.jump:,}: {alone:.0f} s from the start, {1000 * saved:.0f} ms from a position"
+                    f"  jump to batch {options.jump:,}: {alone:.1f} s from the start, {1000 * saved:.0f} ms from a position, "
+                    f"{1000 * again:.0f} ms the second time"
                 )
 
 

@@ -1,8 +1,8 @@
-"""How full packed rows are, and how fast they are packed: lengths as on the web, and rows of several parts.
+"""How full packed rows are, how evenly dear the shares of a batch, and how fast rows are packed.
 
     python -m benchmarks.packing [--documents 65536] [--window 256] [--rows 8192 32768]
 
-Lengths are lognormal (median 600 tokens, mean 1,500), cut to the row; `parts` is data.row_parts.
+Texts as long as on the web: lognormal (median 600 tokens, mean 1,500), cut to the row; `parts` is data.row_parts.
 """
 
 import argparse
@@ -10,10 +10,45 @@ import time
 
 import numpy as np
 
-from data.packing import Packing
+from data.packing import Packing, Size, balanced, row_cost
 
 PARTS = (1, 2, 4, 8)
 MEDIAN, SIGMA = 600, 1.35
+BATCH, DEVICES = 16, (2, 4, 8)
+
+
+def texts(count: int, row: int) -> np.ndarray:
+    """int64 [count, 3], sizes of texts."""
+    lengths = np.random.default_rng(0).lognormal(np.log(MEDIAN), SIGMA, count).clip(16, row).astype(np.int64)
+    return np.column_stack([lengths, np.zeros((count, 2), np.int64)])
+
+
+def spread(rows: list[list[Size]], room: Size, parts: int) -> tuple[float, float]:
+    """Cost of the dearest of so many shares of a batch over the mean, (as packed, as ordered), mean over batches."""
+    found = []
+    for start in range(0, len(rows) - BATCH + 1, BATCH):
+        costs = np.array([row_cost(row, room) for row in rows[start : start + BATCH]])
+        for order in (np.arange(BATCH), balanced(costs.tolist())):
+            shares = costs[order].reshape(parts, -1).sum(axis=1)
+            found.append(shares.max() / shares.mean())
+    return float(np.mean(found[::2])), float(np.mean(found[1::2]))
+
+
+def measured(name: str, sizes: np.ndarray, room: Size, window: int, parts: int) -> None:
+    packing = Packing({name: sizes}, lambda n: (1.0,), room, window, 0, parts)
+    rows: list[list[Size]] = []
+    documents, start = 0, time.process_time()
+    while documents < len(sizes):
+        rows.append([tuple(sizes[document].tolist()) for _, document, _ in packing.row(len(rows))])
+        documents += len(rows[-1])
+    seconds = time.process_time() - start
+    used = np.array([np.sum(row, axis=0) for row in rows])
+    full = " / ".join(
+        f"{100 * part.sum() / (most * len(rows)):.1f}" for part, most in zip(used.T, room, strict=True) if most
+    )
+    shares = ", ".join("{:.2f} -> {:.2f}".format(*spread(rows, room, count)) for count in DEVICES)
+    speed = f"{used[:, 0].sum() / seconds / 1e6:.1f}"
+    print(f"{name:>6} {room[0]:>7,} {parts:>6} {full:>20} {shares:>46} {speed:>10}", flush=True)
 
 
 def main() -> None:
@@ -22,21 +57,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rows", type=int, nargs="+", default=[8_192, 32_768])
     options = parser.parse_args()
-    drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN), SIGMA, options.documents)
-    print(f"{'row':>7} {'parts':>6} {'useful tokens':>14} {'million tokens a second':>24}")
+    print("% full: of the slots for tokens. Millions of tokens a second of processor time.")
+    print(f"Dearest share of a batch of {BATCH} rows over the mean, as packed -> as ordered: for {DEVICES} devices.\n")
+    print(f"{'':>6} {'row':>7} {'parts':>6} {'% full':>20} {'dearest share':>46} {'M tokens/s':>10}")
     for row in options.rows:
-        lengths = drawn.clip(16, row).astype(np.int64)
         for parts in PARTS:
-            sizes = np.column_stack([lengths, np.zeros((len(lengths), 2), np.int64)])
-            packing = Packing([sizes], lambda n: (1.0,), (row, 0, 0), options.window, 0, parts)
-            rows, documents = 0, 0
-            start = time.perf_counter()
-            while documents < options.documents:
-                documents += len(packing.row(rows))
-                rows += 1
-            seconds = time.perf_counter() - start
-            useful = lengths.sum() / (rows * row)
-            print(f"{row:>7,} {parts:>6} {100 * useful:>12.1f} % {lengths.sum() / seconds / 1e6:>24.1f}", flush=True)
+            measured("texts", texts(options.documents, row), (row, 0, 0), options.window, parts)
 
 
 if __name__ == "__main__":

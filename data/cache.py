@@ -1,5 +1,6 @@
 """Files that are made once and kept: written beside their place and renamed into it, so that none is ever seen half."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,14 @@ import numpy as np
 
 from data.open_files import check_limit, mapped
 from sharding.errors import UserError
+
+_FORMAT = 4
+"""Of everything that is kept: what another version has made is made anew."""
+
+
+def name(kind: str, *parts: object) -> str:
+    """Of what is made from these parts alone."""
+    return f"{kind}-{hashlib.sha256(repr((_FORMAT, *parts)).encode()).hexdigest()[:32]}"
 
 
 def text_file(folder: Path, name: str, make: Callable[[], str]) -> str:

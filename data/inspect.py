@@ -68,7 +68,7 @@ def inspect_rows(folder: Path, config: DataConfig, spec: MediaSpec) -> dict[str,
         "tokens": {"text": int(index.tokens.sum(dtype=np.int64))} | {kind: n for kind, n in by_kind.items() if n},
         "tiles": int(sizes[:, 1].sum()),
         "windows of sound": int(sizes[:, 2].sum()),
-        "tokens of an item": _spread(items["lengths"]),
+        "tokens of an item": _spread(items["sizes"][:, 0]),
         "too long for a row": dict(zip(COUNTS, items["counts"].tolist(), strict=True)),
     }
 

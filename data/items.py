@@ -35,8 +35,8 @@ def cut(index: Index, numbers: np.ndarray, file_sizes: np.ndarray, room: Room, p
 
     Returns:
         `documents` int64 [I]; `starts` and `stops` int32 [I], which of the document's tokens, those of files included; a
-        piece that does not begin the document begins with one more token, begin-of-text. `lengths` int32 [I], that
-        token included, `tile_counts` and `window_counts` int32 [I]; `counts`, of `COUNTS`.
+        piece that does not begin the document begins with one more token, begin-of-text. `sizes` int32 [I, 3], tokens,
+        that one included, tiles and windows; `counts`, of `COUNTS`.
     """
     starts = index.file_starts
     sums = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(file_sizes, axis=0, dtype=np.int64)])
@@ -63,9 +63,13 @@ def cut(index: Index, numbers: np.ndarray, file_sizes: np.ndarray, room: Room, p
     kept = totals[~long]
     table = np.concatenate([np.column_stack([whole, np.zeros_like(whole), kept[:, 0], kept]), cut_up])
     table = table[np.argsort(table[:, 0], kind="stable")]
-    names = ("starts", "stops", "lengths", "tile_counts", "window_counts")
-    items = {name: table[:, i].astype(np.int32) for i, name in enumerate(names, start=1)}
-    return {"documents": table[:, 0], **items, "counts": np.array([counts[name] for name in COUNTS])}
+    return {
+        "documents": table[:, 0],
+        "starts": table[:, 1].astype(np.int32),
+        "stops": table[:, 2].astype(np.int32),
+        "sizes": table[:, 3:].astype(np.int32),
+        "counts": np.array([counts[name] for name in COUNTS]),
+    }
 
 
 def _pieces(tokens: int, places: np.ndarray, sizes: np.ndarray, room: Room) -> list[tuple[int, ...]] | None:

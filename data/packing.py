@@ -3,21 +3,21 @@
 Every source is a stream of documents: its epochs one after the other, each in an order of its own, so that every document
 comes once an epoch. The streams are taken window by window: each window has documents of the sources by their shares at its
 first row, and is packed by itself into rows of so many tokens, tiles and windows of sound. A `Position` says where a window
-begins; from one of them, any later row is found without what lies before.
+begins; from one of them, any later row is found without what lies before. Nothing depends on the number of a source among
+the others, so that sources may be added.
 
 A *size* is what a document takes of a row: (tokens, tiles, windows of sound).
 """
 
 import functools
 import itertools
+import math
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
 
+from data.positions import RECENT, Position, Positions
 from data.shuffle import shuffled
 from sharding.errors import UserError
 
@@ -30,80 +30,42 @@ _MOST_STATES = 2**18
 """Of the search for the fullest row; a row of 8,192 tokens with 3 tiles free has 114,695."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a window begins."""
-
-    row: int
-    """Its first one."""
-    taken: tuple[int, ...]
-    """Documents that windows before it have of each source."""
-    owed: tuple[float, ...]
-    """Parts of a document that the source has not been given yet, from 0 to below 1."""
-
-    @classmethod
-    def start(cls, sources: int) -> Self:
-        return cls(0, (0,) * sources, (0.0,) * sources)
-
-    def as_array(self) -> np.ndarray:
-        """float64 [1 + 2 x sources]; whole numbers up to 2^53 are exact."""
-        return np.array([self.row, *self.taken, *self.owed], np.float64)
-
-    @classmethod
-    def from_array(cls, array: np.ndarray) -> Self:
-        count = (len(array) - 1) // 2
-        row, *rest = array.tolist()
-        return cls(int(row), tuple(map(int, rest[:count])), tuple(rest[count:]))
-
-    def plain(self, names: Sequence[str]) -> dict[str, Any]:
-        """For JSON, by the names of the sources."""
-        taken, owed = (dict(zip(names, values, strict=True)) for values in (self.taken, self.owed))
-        return {"row": self.row, "taken": taken, "owed": owed}
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any], names: Sequence[str]) -> Self:
-        """With sources that were not there then."""
-        taken, owed = plain["taken"], plain["owed"]
-        return cls(
-            int(plain["row"]), tuple(taken.get(name, 0) for name in names), tuple(owed.get(name, 0.0) for name in names)
-        )
-
-
 class Packing:
     """The order of packed rows, a pure function of its arguments but for the position, from which no row depends."""
 
     def __init__(
         self,
-        sizes: Sequence[np.ndarray],
+        sizes: Mapping[str, np.ndarray],
         shares: Callable[[int], Sequence[float]],
         room: Size,
         window: int,
         seed: int,
         row_parts: int = 1,
         caps: Callable[[int], Sequence[float]] | None = None,
-        position: Position | None = None,
+        known: Positions | None = None,
     ):
         """Rows are packed when they are asked for.
 
         Args:
-            sizes: for each source, those of its documents, [documents, 3]; none above `room`.
+            sizes: by the name of each source, which decides its order, those of its documents, [documents, 3]; none above
+                `room`.
             shares: gives each source's share of the tokens in a window by its first row.
             room: of a row, in the order of a size.
             window: documents packed together, at least.
             seed: decides every order.
             row_parts: equal parts of a row; only a document that begins where a part does goes beyond its end.
             caps: gives how often each source may be gone through, by a window's first row; None for no limit.
-            position: one that `position` gave earlier for the same arguments: rows from there on are found at once.
+            known: positions that were found earlier for the same arguments: rows after each of them are found at once.
         """
-        self._sizes, self._shares, self._room, self._caps = sizes, shares, room, caps
+        self._names, self._sizes = list(sizes), list(sizes.values())
+        self._shares, self._room, self._caps = shares, room, caps
         self._least, self._seed, self._row_parts = window, seed, row_parts
-        self._means = [np.asarray(size.mean(axis=0, dtype=np.float64)) for size in sizes]
-        self._states = [position or Position.start(len(sizes))]
-        self._starts = [self._states[0].row]
+        self._means: list[Sequence[float]] = [size.mean(axis=0, dtype=np.float64).tolist() for size in self._sizes]
+        self._known = Positions(len(sizes)) if known is None else known
+        self._at, self._end = Position.start(len(sizes)), 0  # the window that was asked for last, and the row after it
         self._lock = threading.Lock()
         # Each instance has a cache of its own, as large as a run needs to go on without packing a window twice.
         self._packed = functools.lru_cache(maxsize=256)(self._pack)
-        self._before: Packing | None = None
 
     def row(self, n: int) -> list[tuple[int, int, int]]:
         """The documents in row n, in order, as (source, document, where it begins).
@@ -111,16 +73,23 @@ class Packing:
         Raises:
             UserError: every source has been gone through as often as it may be.
         """
-        if n < self._starts[0]:
-            return self._from_start().row(n)
-        state = self._window(n)
+        state = self.position(n)
         rows, _ = self._packed(state)
         order = np.random.default_rng([self._seed, 2, state.row]).permutation(len(rows))
         return rows[order[n - state.row]]
 
     def position(self, n: int) -> Position:
-        """Where the window of row n begins."""
-        return self._from_start().position(n) if n < self._starts[0] else self._window(n)
+        """Where the window of row n begins; packs windows from the last known position on until it is reached."""
+        with self._lock:
+            if not self._at.row <= n < self._end:
+                state, walked = self._known.before(n), 0
+                while (after := self._packed(state)[1]).row <= n:
+                    self._known.add(after)
+                    state, walked = after, walked + 1
+                if walked > RECENT:  # a jump, which another process need not make again
+                    self._known.save()
+                self._at, self._end = state, after.row
+            return self._at
 
     def taken(self, n: int) -> list[float]:
         """Documents of each source before row n, as if those of a window came evenly."""
@@ -128,23 +97,6 @@ class Packing:
         rows, after = self._packed(state)
         part = (n - state.row) / len(rows)
         return [first + part * (last - first) for first, last in zip(state.taken, after.taken, strict=True)]
-
-    def _from_start(self) -> "Packing":
-        if self._before is None:
-            arguments = self._sizes, self._shares, self._room, self._least, self._seed, self._row_parts, self._caps
-            self._before = Packing(*arguments)
-        return self._before
-
-    def _window(self, n: int) -> Position:
-        """Where the window of row n begins; packs windows until it is reached."""
-        with self._lock:
-            while True:
-                rows, after = self._packed(self._states[-1])
-                if n < self._states[-1].row + len(rows):
-                    break
-                self._states.append(after)
-                self._starts.append(after.row)
-        return self._states[bisect_right(self._starts, n) - 1]
 
     def _pack(self, state: Position) -> tuple[list[list[tuple[int, int, int]]], Position]:
         """The rows of the window that begins here, and where the next one does."""
@@ -169,10 +121,13 @@ class Packing:
                 "often as it may be. Raise data.max_epochs, add data, or lower steps."
             )
         # Documents for each token of the mixture, and for how many tokens there is one window of documents.
-        rates = [share / sum(shares) / float(mean[0]) for share, mean in zip(shares, self._means, strict=True)]
-        mean = np.average(self._means, axis=0, weights=rates)
-        of_a_row = max(size / most for size, most in zip(mean.tolist(), self._room, strict=True) if most)
-        tokens = max(self._least, ROWS_OF_A_WINDOW / of_a_row) / sum(rates)
+        # Sums are exact, so that a source without a share makes no difference to the others.
+        all_shares = math.fsum(shares)
+        rates = [share / all_shares / mean[0] for share, mean in zip(shares, self._means, strict=True)]
+        documents = math.fsum(rates)
+        means = (math.fsum(rate * mean[k] for rate, mean in zip(rates, self._means, strict=True)) for k in range(3))
+        of_a_row = max(size / documents / most for size, most in zip(means, self._room, strict=True) if most)
+        tokens = max(self._least, ROWS_OF_A_WINDOW / of_a_row) / documents
         taken, owed = list(state.taken), list(state.owed)
         while taken == list(state.taken):
             for i, rate in enumerate(rates):
@@ -190,29 +145,39 @@ class Packing:
         numbers = np.empty(len(places), np.int64)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
-            numbers[of_epoch] = shuffled(places[of_epoch] % count, count, (self._seed, source, epoch))
+            numbers[of_epoch] = shuffled(places[of_epoch] % count, count, (self._seed, self._names[source], epoch))
         return numbers
 
 
-def balanced(costs: Sequence[float]) -> list[int]:
-    """An order of rows in which halves cost alike, and halves of halves: whatever number of equal shares a batch is cut into.
+def row_cost(sizes: Iterable[Size], room: Size) -> float:
+    """What a row of documents of these sizes costs a device, about: squares of their lengths (attention) as parts of that of
+    a whole row, and tiles and windows of sound as parts of those that a row holds."""
+    tokens, tiles, windows = room
+    cost = 0.0
+    for size in sizes:
+        cost += (size[0] / tokens) ** 2 + size[1] / max(tiles, 1) + size[2] / max(windows, 1)
+    return cost
 
-    The same for any number of devices, so that a batch is the same batch on any mesh.
+
+def balanced(costs: Sequence[float]) -> list[int]:
+    """An order of rows in which equal shares of a batch cost about the same, whichever number of them it is cut into.
+
+    The same for any number of devices, so that a batch is the same batch on any mesh. It is cut by its smallest prime factor
+    again and again: 24 rows into 2, 4 and 8 shares that cost alike; of others, such as 12, nothing is promised.
     """
 
     def arranged(rows: list[int]) -> list[int]:
-        if len(rows) < 3:
+        count = next((n for n in range(2, len(rows)) if len(rows) % n == 0), 1)
+        if count == 1:
             return rows
-        # From the dearest on, each to the cheaper half that has room (the greedy rule for equal counts).
-        half = -(-len(rows) // 2), len(rows) // 2
-        parts: tuple[list[int], list[int]] = ([], [])
-        sums = [0.0, 0.0]
+        # From the dearest on, each to the cheapest part that has room (the greedy rule for equal counts).
+        parts: list[list[int]] = [[] for _ in range(count)]
+        sums = [0.0] * count
         for row in sorted(rows, key=lambda i: (-costs[i], i)):
-            full = [len(part) == size for part, size in zip(parts, half, strict=True)]
-            to = 1 if full[0] else 0 if full[1] else int(sums[1] < sums[0])
+            to = min((k for k in range(count) if len(parts[k]) < len(rows) // count), key=lambda k: (sums[k], k))
             parts[to].append(row)
             sums[to] += costs[row]
-        return arranged(parts[0]) + arranged(parts[1])
+        return [row for part in parts for row in arranged(part)]
 
     return arranged(list(range(len(costs))))
 

@@ -13,14 +13,19 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from data import cache
 from data.audio import SILENCE
 from data.config import DataConfig, MediaSpec
 from data.mixture import Change, Schedule
-from data.packing import Packing, Position, balanced
+from data.packing import Packing, balanced, row_cost
+from data.positions import Position, Positions
 from data.prepare import Told
-from data.sources import Document, load_sources, load_tokenizer
+from data.sources import Document, cache_folder, load_sources, load_tokenizer
 from data.tokenizer import PAD, PATCH
 from sharding.errors import UserError
+
+_FORMAT = 2
+"""Of the order of rows: another one makes other batches of the same data."""
 
 Batch = dict[str, np.ndarray]
 
@@ -76,19 +81,23 @@ class Dataset:
         def caps(row: int) -> list[float]:
             return [schedule.caps(row // config.batch_size)[i] for i in self._numbers]
 
+        self.digests = {source.name: source.data.facts["digest"] for source in self._sources}
+        self.digest = _digest(config, media, self.tokenizer.digest)
         self._names = [source.name for source in kept]
+        order = (self.digest, self.digests, schedule.changes, held_out)
+        file = cache_folder(config) / cache.name("positions", *order)
+        given = Position.from_plain(position, self._names) if position else None
+        self._room = (config.sequence_length, config.tiles_per_row, config.windows_per_row)
         self._packing = Packing(
-            [np.column_stack([source.lengths, source.tile_counts, source.window_counts]) for source in kept],
+            {source.name: source.sizes for source in kept},
             shares,
-            (config.sequence_length, config.tiles_per_row, config.windows_per_row),
+            self._room,
             config.window,
             config.seed,
             config.row_parts,
             None if held_out else caps,
-            Position.from_plain(position, self._names) if position else None,
+            Positions(len(kept), file, given),
         )
-        self.digests = {source.name: source.data.facts["digest"] for source in self._sources}
-        self.digest = _digest(config, media, self.tokenizer.digest)
         self.notes = tuple(note for source in self._sources for note in source.notes) + tuple(
             f"{source.name}: has no held-out documents" for source in self._sources if held_out and not len(source)
         )
@@ -109,19 +118,15 @@ class Dataset:
     def rows(self, n: int) -> list[list[tuple[int, int, int]]]:
         """The documents in each row of batch n, as (source, item, where it begins).
 
-        Rows are in an order in which equal shares of the batch cost about the same: squares of the lengths of documents
-        (attention), and tiles.
+        Rows are in an order in which equal shares of the batch cost about the same.
         """
-        B, S, M = self.config.batch_size, self.config.sequence_length, max(self.config.tiles_per_row, 1)
+        B = self.config.batch_size
         packed = [self._packing.row(n * B + row) for row in range(B)]
         rows = [[(self._numbers[source], item, at) for source, item, at in row] for row in packed]
-        return [rows[i] for i in balanced([self._cost(row) / (S * S) + self._tiles(row) / M for row in rows])]
+        return [rows[i] for i in balanced(list(map(self._cost, rows)))]
 
-    def _cost(self, row: list[tuple[int, int, int]]) -> int:
-        return sum(int(self._sources[source].lengths[item]) ** 2 for source, item, _ in row)
-
-    def _tiles(self, row: list[tuple[int, int, int]]) -> int:
-        return sum(int(self._sources[source].tile_counts[item]) for source, item, _ in row)
+    def _cost(self, row: list[tuple[int, int, int]]) -> float:
+        return row_cost((self._sources[source].sizes[item].tolist() for source, item, _ in row), self._room)
 
     def repeated(self, stop: int) -> Iterator[np.ndarray]:
         """For each of the batches 0 to stop - 1: bool, which of its segments, by row and place, stood in a batch or a row
@@ -184,7 +189,7 @@ class Dataset:
             for source, item, start in row:
                 of = self._sources[source]
                 record = of.record(item)
-                found.append(Placed(of.name, record.id, record.where, start, int(of.lengths[item])))
+                found.append(Placed(of.name, record.id, record.where, start, int(of.sizes[item, 0])))
             rows.append(found)
         return rows
 
@@ -410,6 +415,7 @@ def _end_with_trainer() -> None:
 def _digest(config: DataConfig, media: MediaSpec, tokenizer_digest: str) -> str:
     """Over every option that decides what batches are made of, but for the mixture, which may change; not the sources."""
     options = (
+        _FORMAT,
         config.sequence_length,
         config.batch_size,
         config.tiles_per_row,

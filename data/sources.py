@@ -4,7 +4,6 @@ Everything that decides a document's length happens when its data set is prepare
 length are listed; both are kept. Files are decoded when a document is read.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from data.tokenizer import (
     load_file,
 )
 from sharding.errors import UserError
-
-_FORMAT = "4"
 
 
 class Document(NamedTuple):
@@ -65,16 +62,14 @@ class Source:
     starts: np.ndarray
     """int32 [I], first token of the document in the item."""
     stops: np.ndarray
-    lengths: np.ndarray
-    """int32 [I], tokens of each item."""
-    tile_counts: np.ndarray
-    window_counts: np.ndarray
+    sizes: np.ndarray
+    """int32 [I, 3], tokens, tiles and windows of sound of each item."""
     augment: tuple[Augmentation, ...]
     notes: tuple[str, ...]
     """What is missing or out of the ordinary, one line for the user each."""
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sizes)
 
     def read(self, items: Sequence[int], keys: Sequence[tuple[int, ...]] | None = None) -> list[Document]:
         """These items, their files decoded; with a key for each, images are changed as `augment` says, at random by it."""
@@ -112,9 +107,9 @@ class Source:
         if start:
             tokens_S = np.concatenate([[np.int32(self.begin)], tokens_S])
             weights_S = np.concatenate([[np.float32(0)], weights_S])
-        if len(tokens_S) != self.lengths[item]:
+        if len(tokens_S) != (length := int(self.sizes[item, 0])):
             raise UserError(
-                f"{self.data.folder}: document {record.id!r} has {len(tokens_S)} tokens, expected {self.lengths[item]} by the "
+                f"{self.data.folder}: document {record.id!r} has {len(tokens_S)} tokens, expected {length} by the "
                 "index. The shards are not those of the index: copy or prepare the data again."
             )
         tiles, windows, places = [], [], []
@@ -222,7 +217,7 @@ def _source(
         sizes = media.sizes(data.index.kinds, data.index.facts)
         return cut(data.index, np.flatnonzero(data.index.held_out == held_out), sizes, room, config.long_documents)
 
-    stored = cache.arrays(cache_folder(config), _cache_name("items", *parts), make)
+    stored = cache.arrays(cache_folder(config), cache.name("items", *parts), make)
     counts: dict[str, int] = dict(zip(COUNTS, stored["counts"].tolist(), strict=True))
     return Source(
         name=name,
@@ -231,7 +226,7 @@ def _source(
         begin=tokenizer.special[BEGIN_OF_TEXT],
         augment=() if held_out else config.augment,
         notes=notes + _told(name, counts, config, held_out),
-        **{key: stored[key] for key in ("documents", "starts", "stops", "lengths", "tile_counts", "window_counts")},
+        **{key: stored[key] for key in ("documents", "starts", "stops", "sizes")},
     )
 
 
@@ -242,7 +237,7 @@ def _built_in(
     if name in ("scenes", "clips") and spec.image is None:
         raise UserError(f"data.mixture.{name}: {name} need an image encoder. Set model.vision, or the weight to 0.")
     units = builtin.plan(name, config, spec.image)
-    out = cache_folder(config) / _cache_name(name, builtin.version(name), tokenizer.digest, units)
+    out = cache_folder(config) / cache.name(name, builtin.version(name), tokenizer.digest, units)
     if not (out / "dataset.json").exists():
         workers = min(len(units), os.cpu_count() or 1) if config.workers else 0
         try:
@@ -266,7 +261,3 @@ def _told(name: str, counts: dict[str, int], config: DataConfig, held_out: bool)
     dropped = f"; {unfit:,} were dropped, since one of their files alone does not fit" if unfit else ""
     kind = "held-out documents" if held_out else "documents"
     return (f"{name}: {counts['long']:,} {kind} do not fit a row ({room}) and {done}{dropped} (data.long_documents)",)
-
-
-def _cache_name(source: str, *parts: object) -> str:
-    return f"{source}-{hashlib.sha256(repr((_FORMAT, *parts)).encode()).hexdigest()[:32]}"

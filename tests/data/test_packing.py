@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import Packing, Position, balanced, pack_rows
+from data.packing import Packing, balanced, pack_rows
+from data.positions import Position, Positions
 from data.shuffle import shuffled
 from sharding.errors import UserError
 
@@ -75,7 +76,7 @@ def small_packing(sizes, shares: Any, window=16, seed=0, **options: Any) -> tupl
     tiles = [rng.integers(0, 3, size) for size in sizes]
     three = [np.column_stack([n, t, np.zeros_like(n)]) for n, t in zip(lengths, tiles, strict=True)]
     by_row: Any = shares if callable(shares) else lambda row: shares
-    return Packing(three, by_row, (64, 4, 0), window, seed, **options), lengths
+    return Packing(dict(zip("abc", three, strict=False)), by_row, (64, 4, 0), window, seed, **options), lengths
 
 
 def documents_in_order(packing: Packing, rows: range) -> list[tuple[int, int]]:
@@ -111,10 +112,9 @@ def test_sources_have_their_share_of_the_tokens_from_the_start():
 
 def test_shares_of_a_long_run_are_exact_however_small_a_source_is():
     packing, lengths = small_packing([400, 300], [0.995, 0.005], window=8)
-    tokens = np.zeros(2)
-    for source, document in documents_in_order(packing, range(packing.position(6000).row)):
-        tokens[source] += lengths[source][document]
-    assert abs(tokens[1] / tokens.sum() - 0.005) < 2e-4
+    taken = packing.position(6000).taken
+    tokens = [count * length.mean() for count, length in zip(taken, lengths, strict=True)]  # whichever were taken
+    assert abs(tokens[1] / sum(tokens) - 0.005) < 1e-4
 
 
 def test_a_row_is_the_same_whatever_was_asked_before():
@@ -130,7 +130,8 @@ def test_from_a_position_later_rows_are_found_without_what_lies_before(n, count)
     packing, _ = small_packing([200, 30, 7][:count], shares)
     names = ["a", "b", "c"][:count]
     kept = json.loads(json.dumps(Position.from_array(packing.position(n).as_array()).plain(names)))
-    again, _ = small_packing([200, 30, 7][:count], shares, position=Position.from_plain(kept, names))
+    known = Positions(count, given=Position.from_plain(kept, names))
+    again, _ = small_packing([200, 30, 7][:count], shares, known=known)
     packed: list[int] = []
     inner = again._pack
     again._packed = lambda state: packed.append(state.row) or inner(state)  # pyright: ignore[reportAttributeAccessIssue]
@@ -197,6 +198,29 @@ def test_shares_of_a_batch_cost_about_the_same():
         sums = np.array([costs[i] for i in balanced(costs)]).reshape(parts, -1).sum(axis=1)
         unsorted = np.array(costs).reshape(parts, -1).sum(axis=1)
         assert sums.max() / sums.mean() < 1.12 < unsorted.max() / unsorted.mean()
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(24, 2), (24, 4), (24, 8), (15, 3), (60, 2), (60, 4), (60, 12)])
+def test_shares_by_the_smallest_prime_factors_cost_about_the_same(rows, parts):
+    random = np.random.default_rng(0)
+    ordered, drawn = [], []
+    for _ in range(50):
+        costs = random.lognormal(0, 0.5, rows)
+        for found, order in ((ordered, balanced(costs.tolist())), (drawn, list(range(rows)))):
+            sums = costs[order].reshape(parts, -1).sum(axis=1)
+            found.append(sums.max() / sums.mean())
+    assert np.mean(ordered) - 1 < 0.45 * (np.mean(drawn) - 1)
+
+
+def test_a_source_without_a_share_changes_no_row_wherever_it_stands():
+    random = np.random.default_rng(0)
+    sizes = {name: np.column_stack([random.integers(3, 60, 90), *np.zeros((2, 90), int)]) for name in "bcdefghijk"}
+    shares = random.uniform(0.1, 1, len(sizes)).tolist()
+    more = {"a": sizes["b"][::-1], **sizes, "z": sizes["c"][::-1]}
+    few = Packing(sizes, lambda row: shares, (64, 0, 0), 16, 0)
+    many = Packing(more, lambda row: [0.0, *shares, 0.0], (64, 0, 0), 16, 0)
+    for n in range(100):
+        assert [(source + 1, *place) for source, *place in few.row(n)] == many.row(n)
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**40))

@@ -8,6 +8,7 @@ import pytest
 
 from data.config import DataConfig, MediaSpec
 from data.inspect import inspect_data, inspect_rows, render
+from data.packing import balanced
 from data.pipeline import Dataset, build_dataset
 from data.prepare import Options, prepare
 from data.tokenizer import BEGIN_OF_TEXT, PAD, load_file
@@ -94,14 +95,35 @@ def test_a_batch_is_what_a_slow_derivation_gives(folder, config, records, split)
     assert seen == {i for i, record in records.items() if record["split"] == split}
 
 
+def test_after_an_interruption_batches_are_the_same(config):
+    dataset = build_dataset(config, mixed.MEDIA, "train")
+    kept = json.loads(json.dumps(dataset.plain_position(dataset.where(6))))
+    again = build_dataset(config, mixed.MEDIA, "train", position=kept)
+    for n in (6, 7, 30, 2):
+        expected = dataset.batch(n)
+        for name, array in again.batch(n).items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_rows_are_ordered_by_what_their_tokens_tiles_and_windows_cost(config):
+    dataset = build_dataset(dataclasses.replace(config, batch_size=8), mixed.MEDIA, "train")
+    for n in range(6):
+        batch, rows, costs = dataset.batch(n), list(map(str, dataset.rows(n))), {}
+        for b, row in enumerate(rows):
+            lengths = np.bincount(batch["segment_ids"][b])[1:]
+            tiles, windows = (batch[f"{name}_positions"][b, :, 0] >= 0 for name in ("image", "audio"))
+            costs[row] = float((lengths**2).sum() / 256**2 + tiles.sum() / 12 + windows.sum() / 8)
+        packed = [str(dataset._packing.row(n * 8 + b)) for b in range(8)]
+        assert [packed[i] for i in balanced([costs[row] for row in packed])] == rows
+
+
 @pytest.mark.parametrize(("length", "tiles", "windows"), [(60, 12, 8), (256, 4, 8), (256, 12, 3), (40, 5, 4)])
 def test_pieces_put_together_are_the_document_and_no_file_is_cut(folder, config, records, length, tiles, windows):
     small = dataclasses.replace(config, sequence_length=length, tiles_per_row=tiles, windows_per_row=windows)
     dataset = build_dataset(small, mixed.MEDIA, "train")
     [source] = dataset._sources
-    sizes = np.column_stack([source.lengths, source.tile_counts, source.window_counts])
-    assert (sizes <= (length, tiles, windows)).all()
-    assert (sizes.max(axis=0) == (length, tiles, windows)).any()
+    assert (source.sizes <= (length, tiles, windows)).all()
+    assert (source.sizes.max(axis=0) == (length, tiles, windows)).any()
     begin, by_id = dataset.tokenizer.special[BEGIN_OF_TEXT], {}
     for item in range(len(source)):
         by_id.setdefault(source.record(item).id, []).append(item)
@@ -158,7 +180,7 @@ def test_long_documents_are_split_cut_off_or_dropped(config):
 
 
 def whole(source, document: int) -> bool:
-    return bool(source.stops[source.documents == document][0] == source.lengths[source.documents == document][0]) and (
+    return bool(source.stops[source.documents == document][0] == source.sizes[source.documents == document][0, 0]) and (
         source.starts[source.documents == document][0] == 0
     )
 
