@@ -14,6 +14,8 @@ DIGEST_BYTES = 16
 MAX_COUNT = 2**16 - 1
 MAX_VOCAB = 2**25
 """A window of four bytes holds an id wherever in a byte it begins."""
+LARGEST = 65504.0
+"""Of the numbers of a record: they are float16."""
 _HEAD = struct.Struct("<I16sIIII")
 """Checksum of what follows it, digest, n, tokens that have a target, m, bits of the counts below their highest ones."""
 

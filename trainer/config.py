@@ -95,7 +95,7 @@ class DistillConfig:
     """Draws from the teacher's distribution that are a token's target: their mean gradient is that of the whole distribution
     (arXiv 2503.16870). 0 for the whole distribution, which needs the teacher on the student's mesh."""
     proposal: float = 1.0
-    """Draws come from the teacher's distribution to this power, with importance weights; 1 draws from itself."""
+    """Draws come from the teacher's distribution to this power, 0.1 to 1, with importance weights; 1 draws from itself."""
     top_k: int = 0
     """Instead of draws: the likeliest ids and the mass of all others; a biased target. 0 for none."""
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
@@ -161,6 +161,12 @@ class DistillConfig:
             )
         if self.proposal != 1 and not self.draws:
             yield "proposal", f"found {self.proposal}, expected 1 without draws"
+        elif not 0.1 <= self.proposal <= 1:
+            yield (
+                "proposal",
+                f"found {self.proposal}, expected 0.1 to 1: above 1 the weights of unlikely ids have no bound, and below 0.1 a "
+                "cache may have no room for them",
+            )
         if self.on_policy and self.source == "cache":
             yield (
                 "on_policy",
@@ -174,7 +180,7 @@ class DistillConfig:
             )
         if self.rollout_prompt == 1:
             yield "rollout_prompt", "found 1, expected less, or there is nothing to write"
-        for name in ("temperature", "proposal", "rollout_temperature"):
+        for name in ("temperature", "rollout_temperature"):
             if not getattr(self, name):
                 yield name, "found 0, expected more than 0"
         for name in ("soft_weight", "final_soft_weight", "on_policy", "rollout_prompt"):

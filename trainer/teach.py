@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from data.pipeline import Batch, build_dataset
+from data.target_records import LARGEST
 from data.target_records import Targets as Record
 from data.target_writer import SHARD_BYTES, TargetWriter
 from model.sampled_targets import Targets
@@ -66,7 +67,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
                 if left.any():
                     stop.nothing_to_save = False
                     targets = asked.fetch(asked(asked.put(keyed(batch, segments))))
-                    _check_finite(distill, n, batch, targets)
+                    _check_kept(distill, n, batch, targets)
                     chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
                     records = [_record(distill, batch, targets, *segment[:3]) for segment in chosen]
                     now = time.monotonic()
@@ -87,17 +88,27 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
             raise SystemExit(stop.exit_code)
 
 
-def _check_finite(distill: DistillConfig, n: int, batch: Batch, targets: Targets) -> None:
-    """Refuses a batch of which the teacher says what is no number; nothing of it is kept."""
-    wrong = ~np.isfinite(targets.target_log_prob_T) | ~np.isfinite(targets.entropy_T)
-    wrong &= batch["loss_weights"] > 0
-    if wrong.any():
-        row, place = np.argwhere(wrong)[0]
-        raise UserError(
-            f"distill.teacher: {distill.teacher} gives no finite distribution for {wrong.sum():,} of {wrong.size:,} tokens of "
-            f"batch {n}, first in row {row} at {place}. Nothing of this batch was kept. Compute in "
-            f"distill.teacher_dtype=float32 (found {distill.teacher_dtype}), or take another checkpoint."
-        )
+def _check_kept(distill: DistillConfig, n: int, batch: Batch, targets: Targets) -> None:
+    """Refuses a batch of which the teacher says what is no number, or none that a record holds; nothing of it is kept."""
+    for values, says, cure in (
+        (
+            np.stack([targets.target_log_prob_T, targets.entropy_T], axis=-1),
+            "gives no finite distribution for",
+            f"Compute in distill.teacher_dtype=float32 (found {distill.teacher_dtype}), or take another checkpoint.",
+        ),
+        (
+            np.asarray(targets.weights_TK),
+            f"gives draws of a weight above {LARGEST:,.0f}, the most that a cache holds, to",
+            f"Take distill.proposal nearer to 1 (found {distill.proposal}).",
+        ),
+    ):
+        wrong = ~(np.abs(values) <= LARGEST).all(axis=-1) & (batch["loss_weights"] > 0)
+        if wrong.any():
+            row, place = np.argwhere(wrong)[0]
+            raise UserError(
+                f"distill.teacher: {distill.teacher} {says} {wrong.sum():,} of {wrong.size:,} tokens of batch {n}, first in "
+                f"row {row} at {place}. Nothing of this batch was kept. {cure}"
+            )
 
 
 def _record(distill: DistillConfig, batch: Batch, targets: Targets, row: int, start: int, stop: int) -> Record:

@@ -352,6 +352,8 @@ def test_a_teacher_that_does_not_fit_beside_the_student_is_refused(
     ({"top_k": 4, "draws": 4}, "distill.top_k: found 4 beside draws=4"),
     ({"top_k": 100_000}, "distill.top_k: found 100000, expected at most model.vocab_size"),
     ({"proposal": 0.5}, "distill.proposal: found 0.5, expected 1 without draws"),
+    ({"proposal": 1.5, "draws": 4}, "distill.proposal: found 1.5, expected 0.1 to 1"),
+    ({"proposal": 0.0, "draws": 4}, "distill.proposal: found 0.0, expected 0.1 to 1"),
     ({"source": "cache", "draws": 4}, "distill.cache: found nothing"),
     ({"source": "cache", "cache": "c"}, "distill.draws: found 0, as top_k is"),
     ({"temperature": 0.0}, "distill.temperature: found 0, expected more than 0"),

@@ -25,6 +25,7 @@ from data.target_cache import NOTES, TargetCache, describe
 from data.target_digests import Segment
 from data.target_records import Targets
 from data.target_writer import TargetWriter
+from model.sampled_targets import Targets as DrawnTargets
 from sharding.config import MeshConfig
 from sharding.errors import UserError
 from sharding.mesh import DeviceMesh
@@ -380,6 +381,23 @@ def test_a_teacher_that_says_what_is_no_number_keeps_nothing(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"gives no finite distribution for .* of batch 0, first in row 0 at 0\."):
         teach(dataclasses.replace(run, distill=distill), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.array_record"))
+
+
+def test_a_weight_that_no_record_holds_is_refused() -> None:
+    """That of a target which is not learned does not matter."""
+    distill, batch = DistillConfig(teacher="big", draws=2, proposal=0.1), {"loss_weights": np.array([[0.0, 1.0, 1.0]])}
+    weights = np.array([[[1e6, 0], [1.0, 65504], [65504, 65505]]])
+    facts = np.zeros((1, 3)), np.zeros((1, 3)), np.zeros((1, 3), bool)
+    for last, words in (
+        (2, None),
+        (3, r"above 65,504, .* to 1 of 2 .* batch 7, first in row 0 at 1.*proposal nearer to 1"),
+    ):
+        held = {name: array[:, last - 2 : last] for name, array in batch.items()}
+        found: Any = DrawnTargets(
+            weights, weights[:, last - 2 : last], weights, *(fact[:, last - 2 : last] for fact in facts)
+        )
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            trainer.teach._check_kept(distill, 7, held, found)
 
 
 def test_teach_refuses_what_it_cannot_keep(teacher: Path, cache: Path, tmp_path: Path) -> None:
