@@ -250,10 +250,10 @@ def copies(tree: Any) -> list[dict[str, Any]]:
             part = tree_bytes(leaf)
             keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
             name = path_of(keys) if keys else str(path[-1]).lstrip(".")
-            beyond = part - part / math.prod(mesh.shape[axis] for axis in axes)
+            beyond = part - part // math.prod(mesh.shape[axis] for axis in axes)
             found.setdefault(axes, Counter())[name] += beyond
     groups = (
-        {"axes": list(axes), "bytes": round(names.total()), "arrays": [name for name, _ in names.most_common()]}
+        {"axes": list(axes), "bytes": names.total(), "arrays": [name for name, _ in names.most_common()]}
         for axes, names in found.items()
     )
     return sorted(groups, key=lambda group: -group["bytes"])

@@ -393,9 +393,8 @@ def test_a_weight_that_no_record_holds_is_refused() -> None:
         (3, r"above 65,504, .* to 1 of 2 .* batch 7, first in row 0 at 1.*proposal nearer to 1"),
     ):
         held = {name: array[:, last - 2 : last] for name, array in batch.items()}
-        found: Any = DrawnTargets(
-            weights, weights[:, last - 2 : last], weights, *(fact[:, last - 2 : last] for fact in facts)
-        )
+        arrays: list[Any] = [weights, weights[:, last - 2 : last], weights]
+        found = DrawnTargets(*arrays + [fact[:, last - 2 : last] for fact in facts])
         with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
             trainer.teach._check_kept(distill, 7, held, found)
 
