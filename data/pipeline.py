@@ -138,7 +138,7 @@ class Dataset:
             for source, item, _ in (placed for row in self.rows(n) for placed in row):
                 of = self._sources[source]
                 repeated.append(met[source][item])
-                met[source][item] = not (of.augment and of.tile_counts[item])
+                met[source][item] = not (of.augment and of.sizes[item, 1])
             yield np.array(repeated, bool)
 
     def position(self, n: int) -> Position:

@@ -195,7 +195,7 @@ def test_a_batch_that_cannot_be_cut_into_segments_is_refused() -> None:
 
 def test_the_batches_of_the_pipeline_are_cut_into_their_documents(scenes_only) -> None:
     seen: dict[bytes, list[int]] = {}
-    for n in range(3):
+    for n in range(8):
         batch = scenes_only.batch(n)
         found = segment_digests(batch, RECIPE)
         placed = [(b, p.start, p.start + p.length) for b, row in enumerate(scenes_only.placed(n)) for p in row]
@@ -206,7 +206,7 @@ def test_the_batches_of_the_pipeline_are_cut_into_their_documents(scenes_only) -
         assert [s.digest for s in segment_digests(scenes_only.batch(n, [2, 0]), RECIPE)] == [
             s.digest for b in (2, 0) for s in found if s.row == b
         ]
-    assert len(seen) > 9
+    assert len(seen) > 1 and any(len(row) > 1 for n in range(8) for row in scenes_only.placed(n))
 
 
 def slow_key(digest: bytes, offset: int, recipe: bytes) -> tuple[int, int]:
