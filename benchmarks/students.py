@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
-LEARNING_RATES = (2e-3, 3e-3, 4e-3, 8e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 DRAWS = 12
 PLOT = Path("docs/students.svg")
 
@@ -143,7 +143,7 @@ def mean(values: Iterable[float]) -> float:
 
 def line(name: str, tokens: float, compute: float, arm: Arm, control: Arm) -> str:
     """A row of the table: means, and the mean difference to the control with the smallest and the largest."""
-    cells = [name, f"{tokens:.0f}", f"{compute:.1f}"]
+    cells = [name, f"{tokens:.1f}", f"{compute:.1f}"]
     for field, digits, scale in (("text", 3, 1), ("scenes", 3, 1), ("right", 1, 100)):
         values = {seed: scale * getattr(scores, field) for seed, scores in arm.items()}
         cell = f"{mean(values.values()):.{digits}f}"
@@ -202,10 +202,9 @@ def main() -> None:
     cached = study.arm("cached", {"distill.draws": DRAWS, "distill.source": "cache", "distill.cache": study.cache})
 
     for rate, arm in controls.items():
-        loss = mean(s.text + s.scenes for s in arm.values())
-        print(
-            f"no teacher, learning rate {rate:g}: text + pictures {loss:.3f}{', the control' if rate == best else ''}"
-        )
+        text, scenes = (mean(getattr(s, field) for s in arm.values()) for field in ("text", "scenes"))
+        chosen = ", the control" if rate == best else ""
+        print(f"no teacher, learning rate {rate:g}: text {text:.3f}, pictures {scenes:.3f}{chosen}")
     taught = Scores.of(study.teacher)
     print(f"teacher: text {taught.text:.3f}, pictures {taught.scenes:.3f}, questions {100 * taught.right:.1f} %\n")
     print("| | tokens | compute | text, nats | pictures, nats | questions right, % |\n|---|---|---|---|---|---|")

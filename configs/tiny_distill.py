@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
             distill=DistillConfig(
                 teacher="runs/tiny_behemoth", teacher_dtype="float32", soft_weight=0.8, final_soft_weight=0.0
             ),
-            optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=40),
+            optimizer=OptimizerConfig(peak_lr=8e-3, warmup_steps=40),
             checkpoint=CheckpointConfig(every_steps=200),
             eval=EvalConfig(every_steps=100, questions=384),
             log=LogConfig(every_steps=5),
