@@ -15,10 +15,13 @@ import trainer.teach
 from data.pipeline import Dataset, build_dataset
 from model.config import AudioConfig
 from tests import oracle
-from tests.oracle_cases import FAST_COMPILE, random_params
+from tests.oracle_cases import COEFFICIENTS, FAST_COMPILE, random_params
 from tests.trainer.saved_run import micro, save_run
 from trainer.config import DistillConfig, RunConfig
-from trainer.distillation import KEYS
+from trainer.distillation import KEYS, distillation_objective
+from trainer.hf.exporter import export_checkpoint
+from trainer.objective import extras_for, metrics
+from trainer.step import Skeleton
 from trainer.targets import CachedSource, DrawKeys
 
 AUDIO = AudioConfig(mel_bins=8, window_frames=48, hidden_size=8, num_layers=1, num_heads=2, ffn_size=16)
@@ -145,3 +148,40 @@ def test_other_batches_find_what_the_teacher_said(seen_and_heard: Taught) -> Non
 
 def test_what_is_kept_is_what_the_model_says(seen_and_heard: Taught) -> None:
     assert seen_and_heard.off() < 2e-3
+
+
+def test_sources_have_metrics_of_their_own(seen_and_heard: Taught) -> None:
+    taught, dataset = seen_and_heard, seen_and_heard.dataset()
+    with contextlib.closing(taught.source()) as source:
+        batch = source(dataset.batch(0))
+    skeleton = Skeleton(taught.run.model)
+    objective = distillation_objective(COEFFICIENTS, taught.distill, len(dataset.source_names))
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params: Any, batch: Any) -> Any:
+        return objective(skeleton.model(params, {}), batch, extras_for(batch, 1))[1]
+
+    found = metrics(run(random_params(taught.run.model, 1), batch), dataset.source_names)
+    assert dataset.source_names == ("scenes", "tones")
+    for i, name in enumerate(dataset.source_names, start=1):
+        weights = np.where(batch["source_ids"] == i, batch["loss_weights"], 0)
+        assert found[f"teacher_loss/{name}"] == pytest.approx(
+            np.average(-batch["soft_log_prob"], weights=weights), 1e-4
+        )
+        assert found[f"taught/{name}"] == 1 and np.isfinite(found[f"soft/{name}"])
+    targets = [float(found[f"targets/{name}"]) for name in dataset.source_names]
+    soft = [float(found[f"soft/{name}"]) for name in dataset.source_names]
+    assert float(found["soft"]) == pytest.approx(np.average(soft, weights=targets), 1e-4)
+
+
+def test_a_hugging_face_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures, and draws with importance weights at another temperature."""
+    run = dataclasses.replace(run_of({"scenes": 1.0}), steps=1)
+    save_run(tmp_path / "run", run)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", None, 10**9, lambda _: None)
+    given: Any = {"teacher": str(tmp_path / "hf"), "draws": 6, "proposal": 0.5, "temperature": 2.0}
+    taught = Taught(run, tmp_path, monkeypatch, **given)
+    assert taught.distill.teacher_dtype == "bfloat16"
+    batch = taught.dataset().batch(0)
+    assert (batch["image_positions"] >= 0).any() and taught.compare(batch) > 5
+    assert 2e-3 < taught.off() < 0.2
