@@ -13,7 +13,7 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from tests.oracle_cases import FAST_COMPILE, SOURCES, TINY, random_batch
 from trainer.config import ObjectiveConfig, OptimizerConfig, RunConfig
-from trainer.objective import by_source, next_token_objective
+from trainer.objective import by_source, metrics, next_token_objective
 from trainer.optimizer import adamw, decay_mask, learning_rate
 from trainer.step import Skeleton, init_state, make_train_step
 
@@ -106,6 +106,21 @@ def test_each_auxiliary_term_has_a_gradient(batch: dict, term: str) -> None:
 
     with jax.enable_x64(True):
         assert np.abs(router_moment(1.0) - router_moment(0)).max() > 1e-6
+
+
+def test_losses_and_tokens_of_each_source_are_those_of_its_tokens_alone(batch: dict) -> None:
+    """The loss of a source is the whole loss where the targets of all others weigh nothing."""
+    names = ["first", "second", "third"]
+    with jax.enable_x64(True):
+        step, state = step_of(load_balance=0, router_z=0), init_state(run_config())
+        logged = metrics(step(state, batch)[1], names)
+        for i, name in enumerate(names, start=1):
+            own = batch["source_ids"] == i
+            alone = batch | {"loss_weights": np.where(own, batch["loss_weights"], 0)}
+            np.testing.assert_allclose(logged[f"loss/{name}"], step(state, alone)[1]["loss"], rtol=1e-12)
+            assert logged[f"tokens/{name}"] == own.sum() > 0
+            assert logged[f"targets/{name}"] == alone["loss_weights"].sum() > 0
+    assert len({float(logged[f"loss/{name}"]) for name in names}) == 3
 
 
 def rates(config: OptimizerConfig, steps: int = 20) -> np.ndarray:
