@@ -16,7 +16,7 @@ import pytest
 
 from launch.processes import ALONE, Group, again, check_gpus, group_of
 from sharding.errors import UserError
-from tests.trainer.processes import ROOT, finish, metrics, reached, start, wait_until
+from tests.trainer.processes import ROOT, finish, metrics, reached, saving, start, wait_until
 
 CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
 """A rate that does not depend on the number of steps."""
@@ -115,11 +115,36 @@ def endless(workdir: Path, *arguments: str, **options: Any) -> subprocess.Popen[
     return process
 
 
+def assert_all_end(process: subprocess.Popen[str], victim: int, pids: dict[int, int], words: str) -> None:
+    """After a process of a run has died or was stopped."""
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert f"process {victim} (pid {pids[victim]} on {socket.gethostname()}) {words}" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_a_process_dies_within_a_save_and_the_same_command_goes_on_as_if_nothing_had_happened(
+    alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    command = tmp_path, *CONSTANT, "--processes=2", "--config.mesh.context=2"
+    process = begin(*command)
+    wait_until(lambda: len(children(process.pid)) == 2, process)
+    pids = children(process.pid)
+    wait_until(lambda: saving(tmp_path), process)
+    os.kill(pids[1], signal.SIGKILL)
+    assert_all_end(process, 1, pids, "ended without a word (killed, or out of memory)")
+    finish(begin(*command))
+    found, expected = (
+        [record for record in records if record["kind"] == "train"] for records in (metrics(tmp_path), alone)
+    )
+    assert_same_run(found, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "number", "words"), [
-    (1, signal.SIGKILL, "ended without a word (killed, or out of memory)"),
-    pytest.param(0, signal.SIGKILL, "ended without a word", marks=pytest.mark.slow),
-    pytest.param(2, signal.SIGSTOP, "has not been heard of for 10 s", marks=pytest.mark.slow),
-    pytest.param(0, signal.SIGSTOP, "has not been heard of for 10 s", marks=pytest.mark.slow),
+    (0, signal.SIGKILL, "ended without a word"),
+    (2, signal.SIGSTOP, "has not been heard of for 10 s"),
+    (0, signal.SIGSTOP, "has not been heard of for 10 s"),
 ])  # fmt: skip
 def test_when_a_process_dies_or_hangs_the_others_say_which_and_end(
     victim: int, number: signal.Signals, words: str, tmp_path: Path
@@ -127,10 +152,7 @@ def test_when_a_process_dies_or_hangs_the_others_say_which_and_end(
     process = endless(tmp_path)
     pids = children(process.pid)
     os.kill(pids[victim], number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGKILL, output
-    assert f"process {victim} (pid {pids[victim]} on {socket.gethostname()}) {words}" in output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+    assert_all_end(process, victim, pids, words)
     saved = {entry.name for entry in (tmp_path / "checkpoints").iterdir() if entry.name.isdigit()}
     assert saved
     before = max(map(int, saved))
@@ -139,22 +161,28 @@ def test_when_a_process_dies_or_hangs_the_others_say_which_and_end(
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("trouble", "status", "words"), [
+    ("raise UserError('the fifth batch is broken.')", 2, "process 1: drover train: the fifth batch is broken."),
+    ("time.sleep(3600)", 3, "is alive, but has not gone on from step 4"),
+])  # fmt: skip
+def test_a_process_that_fails_or_is_stuck_does_not_leave_the_others_waiting(
+    trouble: str, status: int, words: str, tmp_path: Path
+) -> None:
     config = tmp_path / "broken.py"
     config.write_text(
-        "import os\n"
+        "import os, time\n"
         "from data import pipeline\n"
         "from sharding.errors import UserError\n"
         "from tests.nano import get_config\n"
         "batch = pipeline.Dataset.batch\n"
         "def broken(self, n, rows=None):\n"
         "    if os.environ.get('DROVER_PROCESS_ID') == '1' and n == 4:\n"
-        "        raise UserError('the fifth batch is broken. Mend it.')\n"
+        f"        {trouble}\n"
         "    return batch(self, n, rows)\n"
         "pipeline.Dataset.batch = broken\n"
     )
-    output = finish(start(tmp_path / "run", "--processes=2", config=str(config), steps=6), 2)
-    assert output.count("process 1: drover train: the fifth batch is broken. Mend it.") == 1
+    output = finish(start(tmp_path / "run", "--processes=2", "--peer-timeout=10", config=str(config), steps=6), status)
+    assert output.count(words) == 1, output
     assert "Traceback" not in output
 
 
