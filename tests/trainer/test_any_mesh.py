@@ -166,7 +166,7 @@ def test_a_run_with_pictures_and_questions_is_the_same_on_a_mesh(run_on: Any, tm
         run,
         steps=4,
         data=dataclasses.replace(run.data, batch_size=8),
-        optimizer=dataclasses.replace(run.optimizer, accumulate=2),
+        optimizer=dataclasses.replace(run.optimizer, accumulate=2, warmup_steps=1),
     )
     run_on(run, {"fsdp": 1}, tmp_path / "alone")
     run_on(run, {"fsdp": 2, "expert": 2, "tensor": 2}, tmp_path / "mesh")
