@@ -19,7 +19,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from data.mixture import continued
-from data.pipeline import Batch, build_dataset
+from data.pipeline import Batch, Dataset, build_dataset
 from data.questions import SOURCES
 from sharding.config import written
 from sharding.devices import peak_flops
@@ -144,16 +144,7 @@ class Run:
         saved = self.checkpoints.metadata(start) if start else {}
         self.looked_up = {name: saved.get("looked_up", {}).get(name, 0) for name in OUTCOMES}
         self.journal = continued(saved.get("journal", ()), run.data, start)
-        with prepare_bar("preparing built-in data") as tell:
-            self.dataset = build_dataset(
-                run.data, run.media, "train", journal=self.journal, position=saved.get("data_position"), tell=tell
-            )
-        if self.dataset.tokenizer.size > run.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size: found {run.model.vocab_size}, expected at least {self.dataset.tokenizer.size}, as "
-                f"many ids as {self.dataset.tokenizer.source} has. Raise it, or choose a smaller tokenizer "
-                "(data.tokenizer, data.tokenizer_size)."
-            )
+        self.dataset = self._dataset(saved.get("data_position"))
         # Opened before the compilation, so that the first batches are made meanwhile.
         rows = run.data.batch_size
         self.share = mesh.share(rows, run.optimizer.accumulate)
@@ -213,6 +204,19 @@ class Run:
         if self.leader:
             self.logger = MetricsLogger(self.directory.metrics, start, observers=[self.console.record])
             stack.enter_context(self.logger)
+
+    def _dataset(self, position: dict[str, Any] | None) -> Dataset:
+        """What is trained on, from a saved position on."""
+        run = self.run
+        with prepare_bar("preparing built-in data") as tell:
+            dataset = build_dataset(run.data, run.media, "train", journal=self.journal, position=position, tell=tell)
+        if dataset.tokenizer.size > run.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size: found {run.model.vocab_size}, expected at least {dataset.tokenizer.size}, as "
+                f"many ids as {dataset.tokenizer.source} has. Raise it, or choose a smaller tokenizer "
+                "(data.tokenizer, data.tokenizer_size)."
+            )
+        return dataset
 
     def _load_teacher(self, state: TrainState) -> None:
         """The teacher that computes in this run, and what asks it or writes for it. `state`: shapes of the student's."""
