@@ -50,8 +50,10 @@ def memory(compiled: Any) -> tuple[int, int]:
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
 
-def step_of(tokens: int, devices: int) -> tuple[Any, Any]:
-    """(a function that makes a state and a batch, the compiled training step)."""
+def step_of(tokens: int, devices: int, **changed: Any) -> tuple[Any, Any]:
+    """(a function that makes a state and a batch, the compiled training step). `changed`: options of the model."""
+    import dataclasses
+
     import jax
     import numpy as np
 
@@ -77,6 +79,7 @@ def step_of(tokens: int, devices: int) -> tuple[Any, Any]:
         remat="full",
         init_std=0,
     )
+    model = dataclasses.replace(model, **changed)
     data = DataConfig(mixture={"text": 1.0}, sequence_length=tokens, batch_size=1)
     run = RunConfig(model=model, data=data, mesh=MeshConfig(fsdp=1, context=devices))
     mesh = place_run(run, jax.devices()[:devices])

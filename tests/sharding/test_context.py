@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.context import memory, step_of
 from model import attention, blockwise
 from model.attention import Layout, packed_attention
 from model.blockwise import Tokens
@@ -138,13 +137,6 @@ def test_chunked_layers_fetch_what_a_chunk_over_the_edge_needs_and_no_more() -> 
 
 def test_where_no_chunk_straddles_an_edge_nothing_is_fetched() -> None:
     assert permuted(4, chunk=8, straddle=False) == []
-
-
-@pytest.mark.slow
-def test_a_quarter_of_a_million_tokens_cost_each_of_eight_devices_an_eighth() -> None:
-    """Of the shipped step; `python -m benchmarks.context` prints it for more devices."""
-    alone, eighth = (sum(memory(step_of(262_144, devices)[1])) for devices in (1, 8))
-    assert 8 * eighth < 1.05 * alone
 
 
 MUTATIONS = {
