@@ -16,7 +16,7 @@ from sharding.mesh import DeviceMesh
 from sharding.place import Place
 from tests.sharding.sameness import CASES, alone_losses, compare
 
-EVERYTHING, IN_TURN = CASES
+EVERYTHING, TIED = CASES
 Patch = pytest.MonkeyPatch
 
 
@@ -79,17 +79,17 @@ def repeats_not_dealt(patch: Patch) -> None:
 
 
 MUTATIONS: tuple[tuple[Callable[[Patch], None], str, dict[str, int]], ...] = (
-    (gradients_not_summed, IN_TURN, {"data": 8}),
-    (balance_of_own_rows, IN_TURN, {"fsdp": 8}),
-    (loss_counted_by_every_copy, IN_TURN, {"fsdp": 4, "tensor": 2}),
-    (vocabulary_from_the_first_token, IN_TURN, {"fsdp": 4, "tensor": 2}),
+    (gradients_not_summed, TIED, {"data": 8}),
+    (balance_of_own_rows, TIED, {"fsdp": 8}),
+    (loss_counted_by_every_copy, TIED, {"fsdp": 4, "tensor": 2}),
+    (vocabulary_from_the_first_token, TIED, {"fsdp": 4, "tensor": 2}),
     (rows_not_arranged, EVERYTHING, {"fsdp": 8}),
     (later_rounds_lost, EVERYTHING, {"expert": 8}),
-    (chunks_cut_at_the_edge, IN_TURN, {"context": 8}),
+    (chunks_cut_at_the_edge, TIED, {"context": 8}),
     (images_at_their_place_in_the_row, EVERYTHING, {"context": 8}),
     (sound_heard_in_shares, EVERYTHING, {"context": 8}),
-    (capacity_of_each_share, IN_TURN, {"context": 8}),
-    (documents_of_another_micro_batch, IN_TURN, {"stage": 2, "fsdp": 4}),
+    (capacity_of_each_share, TIED, {"context": 8}),
+    (documents_of_another_micro_batch, TIED, {"stage": 2, "fsdp": 4}),
     (repeats_not_dealt, EVERYTHING, {"stage": 2, "fsdp": 4}),
 )
 

@@ -35,7 +35,7 @@ from trainer.placement import place_run
 from trainer.step import Skeleton, TrainState, init_state
 from trainer.streaming import Stored
 
-MODEL = CASES["experts everywhere, images and sound"][0]
+MODEL = CASES["everything"].model
 CHAIN = (
     {"fsdp": 8},
     {"fsdp": 1},
