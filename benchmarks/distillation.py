@@ -1,12 +1,13 @@
 """Distillation losses and their gradient: over blocks of the vocabulary, beside all logits at once.
 
-    python -m benchmarks.distillation [--topology v5p:2x2x1] [--tokens 1024 4096 16384] [--block 4096]
+    python -m benchmarks.distillation [--topology v5p:2x2x1] [--tokens 1024 4096 16384] [--block 4096] [--memory]
     python -m benchmarks.distillation --cache
 
-First the memory that the compiled program needs beside its arguments and results, with the vocabulary of Llama 4, student
-and teacher as wide as Scout (5,120) and Behemoth (16,384); nothing of that size is run. It is compiled for this machine's
-CPU in float32 (XLA's CPU backend slices bfloat16 by way of float32 copies of the whole head), or with --topology in
-bfloat16 for a TPU, which takes libtpu (`make collectives` installs it; PYTHONPATH=.venv/libtpu) and no TPU. Then times at a
+First (with --memory, that alone) the memory that the compiled program needs beside its arguments and results, with the
+vocabulary of Llama 4, student and teacher as wide as Scout (5,120) and Behemoth (16,384); `drawn` makes 12 draws from the
+teacher's distribution and learns them, `sparse` learns 12 ids that are given; nothing of that size is run. It is compiled for
+this machine's CPU in float32 (XLA's CPU backend slices bfloat16 by way of float32 copies of the whole head), or with --topology
+in bfloat16 for a TPU, which takes libtpu (`make collectives` installs it; PYTHONPATH=.venv/libtpu) and no TPU. Then times at a
 size that runs on this machine, in float32, pair by pair in turns.
 
 With --cache: what a token takes in the cache of a teacher's targets, by the number of draws, and how fast it is decoded; of
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--topology", help="of TPUs, as libtpu names it; its first device is compiled for")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_024, 4_096, 16_384])
     parser.add_argument("--block", type=int, default=4_096)
+    parser.add_argument("--memory", action="store_true", help="no times")
     parser.add_argument("--cache", action="store_true", help="the cache of targets instead")
     options = parser.parse_args()
     if options.cache:
@@ -46,6 +48,7 @@ def main() -> None:
     from jax.experimental import topologies
 
     from model.distillation import Kind, distillation_losses
+    from model.sampled_targets import Recipe, draw_targets, sparse_losses
 
     device, dtype = jax.devices()[0], "float32"
     if options.topology:
@@ -55,17 +58,36 @@ def main() -> None:
     def in_blocks(kind: Kind, block: int) -> Any:
         return lambda *arrays: distillation_losses(*arrays, kind=kind, temperature=TEMPERATURE, block=block)[:2]
 
+    def with_draws(drawn: bool, block: int) -> Any:
+        recipe = Recipe(DRAWS[0], TEMPERATURE, proposal=1.0, top_k=0)
+
+        def losses(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, targets: Any) -> Any:
+            if drawn:
+                found = draw_targets(teacher_hidden, teacher_head, targets, made_up_keys(targets), recipe, block=block)
+                ids, weights = found.ids_TK, found.weights_TK
+            else:
+                ids, weights = made_up_ids(targets)
+            return sparse_losses(hidden, head, targets, ids, weights, temperature=TEMPERATURE, tail=False, block=block)
+
+        return losses
+
     print(f"compiled for {device.device_kind}, {dtype}, vocabulary {VOCABULARY:,}, blocks of {options.block:,}; MiB\n")
     print(f"{'tokens':>7} {'divergence':>15} {'at once':>9} {'in blocks':>10} {'ratio':>6}")
     kinds: tuple[Kind, ...] = ("forward", "reverse", "jensen_shannon")
     for tokens in options.tokens:
-        for kind in kinds:
+        losses_of: dict[str, tuple[Any, Any]] = {
+            kind: (at_once(kind), in_blocks(kind, options.block)) for kind in kinds
+        }
+        for drawn in (True, False):
+            losses_of["drawn" if drawn else "sparse"] = draws_at_once(drawn), with_draws(drawn, options.block)
+        for name, pair in losses_of.items():
             shapes = tokens, VOCABULARY, STUDENT, TEACHER
             plain, blocks = (
-                compiled(losses, shapes, dtype, device).memory_analysis().temp_size_in_bytes
-                for losses in (at_once(kind), in_blocks(kind, options.block))
+                compiled(losses, shapes, dtype, device).memory_analysis().temp_size_in_bytes for losses in pair
             )
-            print(f"{tokens:>7,} {kind:>15} {plain >> 20:>9,} {blocks >> 20:>10,} {plain / blocks:>5.0f}x", flush=True)
+            print(f"{tokens:>7,} {name:>15} {plain >> 20:>9,} {blocks >> 20:>10,} {plain / blocks:>5.0f}x", flush=True)
+    if options.memory:
+        return
 
     device = jax.devices()[0]
     print(
@@ -138,6 +160,42 @@ def at_once(kind: str) -> Any:
         return jax.nn.logsumexp(student, axis=1) - target, TEMPERATURE**2 * divergence
 
     return losses
+
+
+def draws_at_once(drawn: bool) -> Any:
+    """The same -> cross-entropies with the target and with `DRAWS[0]` ids, drawn from the teacher or given."""
+    import jax
+    import jax.numpy as jnp
+
+    def losses(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, targets: Any) -> Any:
+        student = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        ids, weights = made_up_ids(targets)
+        if drawn:
+            teacher = jnp.matmul(teacher_hidden, teacher_head, preferred_element_type=jnp.float32)
+            sums = jnp.cumsum(jax.nn.softmax(teacher / TEMPERATURE), axis=1)
+            uniforms = jax.vmap(lambda key: jax.random.uniform(key, (DRAWS[0],)))(made_up_keys(targets))
+            ids = jax.vmap(jnp.searchsorted)(sums, uniforms)
+        log_q = jax.nn.log_softmax(student / TEMPERATURE)
+        target = jnp.take_along_axis(student, targets[:, None], axis=1)[:, 0]
+        soft = -jnp.sum(weights * jnp.take_along_axis(log_q, ids, axis=1), axis=1)
+        return jax.nn.logsumexp(student, axis=1) - target, TEMPERATURE**2 * soft
+
+    return losses
+
+
+def made_up_keys(targets: Any) -> Any:
+    """uint32 [T, 2]: a key for the draws of each token."""
+    import jax.numpy as jnp
+
+    return jnp.stack([targets, jnp.arange(targets.size)], axis=1).astype("uint32")
+
+
+def made_up_ids(targets: Any) -> tuple[Any, Any]:
+    """Ids and weights [T, `DRAWS[0]`]."""
+    import jax.numpy as jnp
+
+    ids = (targets[:, None] + jnp.arange(DRAWS[0])) % VOCABULARY
+    return ids, jnp.full(ids.shape, 1 / DRAWS[0], "float32")
 
 
 def compiled(losses: Any, shapes: tuple[int, ...], dtype: str, device: Any) -> Any:
