@@ -7,7 +7,7 @@ import numpy as np
 _ROUNDS = 6
 
 
-def shuffled(places: np.ndarray, count: int, key: tuple[int, ...]) -> np.ndarray:
+def shuffled(places: np.ndarray, count: int, key: tuple[int | str, ...]) -> np.ndarray:
     """Which of `count` things stand at these places of the order that `key` names.
 
     A Feistel network over the next even number of bits, walked along its cycles until it is back among the count

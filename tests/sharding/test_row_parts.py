@@ -71,7 +71,7 @@ def largest_error(row_parts: int) -> float:
             compiled(on)(params, batch) for on in (mesh, DeviceMesh.alone())
         )
     pairs = zip(jax.tree.leaves((loss, gradient)), jax.tree.leaves((expected, gradient_alone)), strict=True)
-    return max(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) for ours, theirs in pairs)
+    return max(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)) for ours, theirs in pairs)
 
 
 def test_rows_packed_in_parts_need_no_fetch() -> None:

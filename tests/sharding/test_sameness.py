@@ -99,7 +99,7 @@ def test_one_bit_of_one_replica_is_seen() -> None:
     on = DeviceMesh.of(jax.devices()[:8], {"data": 4, "fsdp": 2})
     sharding, whole = on.split([("fsdp",)]), np.arange(8, dtype=np.float32)
 
-    def array(changed: jax.Device | None) -> jax.Array:
+    def array(changed: Any) -> jax.Array:
         shards = []
         for device, index in sharding.devices_indices_map(whole.shape).items():
             part = whole[index].copy()
