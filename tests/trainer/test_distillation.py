@@ -29,11 +29,12 @@ from tests.oracle_cases import (
 )
 from tests.sharding.sameness import CASES, DEVICES, LENGTH, ROWS, placed
 from tests.trainer.processes import finish, metrics, start
-from tests.trainer.saved_run import micro, save_run
+from tests.trainer.saved_run import micro, nano, save_run
 from trainer import memory
-from trainer.config import DistillConfig, RunConfig
+from trainer.config import DistillConfig, InitConfig, RunConfig
 from trainer.distillation import CachedTargets, distillation_objective, soft_weight
 from trainer.initialise import abstract_state
+from trainer.loop import train
 from trainer.memory import tree_bytes
 from trainer.objective import SAMPLED, extras_for, next_token_objective, without_empty_means
 from trainer.objective import metrics as metrics_of
@@ -287,6 +288,17 @@ def test_a_run_learns_from_another_and_goes_on_bit_for_bit(tmp_path: Path) -> No
     assert sorted(path.name for path in saved.iterdir()) == sorted(path.name for path in taught.iterdir())
     arrays = [(folder / "state" / "_METADATA").read_text() for folder in (saved, taught)]  # names and shapes
     assert arrays[0] == arrays[1]  # the teacher is in no checkpoint
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_begins_where_that_teacher_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
+    run = nano(distill=DistillConfig(teacher=str(tmp_path / "before"), teacher_dtype="float32"))
+    save_run(tmp_path / "before", run)
+    train(dataclasses.replace(run, init=InitConfig(from_run=str(tmp_path / "before"))), tmp_path / "after")
+    first, *later = (record["soft"] for record in metrics(tmp_path / "after") if record["kind"] == "train")
+    assert abs(first) < 1e-5 and later[-1] > 1e-4  # the target that is given moves it away
 
 
 def load(run: RunConfig, teacher: Path, tokenizer: str, mesh: DeviceMesh | None = None) -> Any:

@@ -294,6 +294,20 @@ def test_on_the_mesh_on_its_own_devices_and_from_a_cache_it_says_the_same(teache
                 assert [other[name] for other in others] == pytest.approx([ours[name]] * 2, rel=1e-3), name
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast")
+def test_in_8_bits_and_from_the_memory_of_the_host_it_says_the_same_on_its_own_devices(
+    teacher: Path, tmp_path: Path
+) -> None:
+    small = {"teacher_dtype": "int8", "teacher_memory": "host"}
+    train(student(teacher, **FOUR, **small), tmp_path / "own")
+    train(student(teacher, **small), tmp_path / "mesh")
+    for ours, theirs in zip(metrics(tmp_path / "own"), metrics(tmp_path / "mesh"), strict=True):
+        for name in ("loss", "soft", "teacher_loss", "teacher_entropy"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
+
+
 @pytest.mark.usefixtures("fast")
 def test_a_cache_keeps_the_very_ids_that_a_teacher_on_its_own_devices_draws(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
