@@ -81,12 +81,23 @@ def test_a_run_goes_on_with_another_number_of_processes_as_if_nothing_had_happen
 
 
 @pytest.mark.slow
-def test_processes_with_several_devices_and_a_mesh_across_them(alone: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "mesh"), [
+    ("tests/nano.py", "data=2, expert=2"),
+    ("tests/micro.py", "expert=2, context=2"),  # with pictures
+])  # fmt: skip
+def test_processes_with_several_devices_and_a_mesh_across_them(config: str, mesh: str, tmp_path: Path) -> None:
+    options = ("--config.data.batch_size=8", "--config.checkpoint.every_steps=6", *CONSTANT)
+    finish(begin(tmp_path / "alone", *options, config=config))
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    mesh = ("--config.mesh.data=2", "--config.mesh.expert=2", "--processes=2")
-    output = finish(begin(tmp_path, *CONSTANT, *mesh, environment=devices))
-    assert "4 x cpu" in output and "data=2, expert=2" in output
-    assert_same_run(metrics(tmp_path), alone)
+    across = ("--processes=2", *(f"--config.mesh.{part}" for part in mesh.split(", ")))
+    output = finish(begin(tmp_path / "several", *options, *across, config=config, environment=devices))
+    assert "4 x cpu" in output and mesh in output
+    assert_same_run(metrics(tmp_path / "several"), metrics(tmp_path / "alone"))
+    if config == "tests/micro.py":
+        answers, expected = (
+            json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("several", "alone")
+        )
+        assert answers["questions"] == expected["questions"] and answers["questions"]
 
 
 def children(parent: int) -> dict[int, int]:
