@@ -2,7 +2,10 @@
 
     python -m benchmarks.packing [--documents 65536] [--window 256] [--rows 8192 32768]
 
-Texts as long as on the web: lognormal (median 600 tokens, mean 1,500), cut to the row; `parts` is data.row_parts.
+Texts as long as on the web: lognormal (median 600 tokens, mean 1,500), cut to the row; `parts` is data.row_parts. And, with
+budgets for tokens, tiles and windows of sound at once, a mixture by documents of 30 % such texts, 40 % pictures (1 to 5 tiles
+of 144 tokens), 15 % videos (4 to 8 frames) and 15 % sounds (1 to 5 windows of 125 tokens), with captions of some 80 tokens:
+a row has 24 tiles and 5 windows for each 8,192 tokens, somewhat more than the mixture asks for.
 """
 
 import argparse
@@ -15,12 +18,26 @@ from data.packing import Packing, Size, balanced, row_cost
 PARTS = (1, 2, 4, 8)
 MEDIAN, SIGMA = 600, 1.35
 BATCH, DEVICES = 16, (2, 4, 8)
+TILE_TOKENS, WINDOW_TOKENS = 144, 125
 
 
 def texts(count: int, row: int) -> np.ndarray:
     """int64 [count, 3], sizes of texts."""
     lengths = np.random.default_rng(0).lognormal(np.log(MEDIAN), SIGMA, count).clip(16, row).astype(np.int64)
     return np.column_stack([lengths, np.zeros((count, 2), np.int64)])
+
+
+def mixed(count: int, row: int) -> np.ndarray:
+    """int64 [count, 3], sizes of texts, pictures, videos and sounds."""
+    random = np.random.default_rng(1)
+    kind = random.choice(4, count, p=[0.3, 0.4, 0.15, 0.15])
+    captions = random.lognormal(np.log(60), 0.8, count).clip(8, 500).astype(np.int64)
+    pictures, frames = random.choice([1, 2, 3, 5], count, p=[0.4, 0.3, 0.1, 0.2]), random.integers(4, 9, count)
+    sounds = np.ceil(random.lognormal(np.log(8), 1, count).clip(1, 50) / 10).astype(np.int64)
+    tiles = np.select([kind == 1, kind == 2], [pictures, frames], 0)
+    windows = np.where(kind == 3, sounds, 0)
+    written = np.where(kind == 0, texts(count, row)[:, 0], captions)
+    return np.column_stack([written + TILE_TOKENS * tiles + WINDOW_TOKENS * windows, tiles, windows])
 
 
 def spread(rows: list[list[Size]], room: Size, parts: int) -> tuple[float, float]:
@@ -57,12 +74,14 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rows", type=int, nargs="+", default=[8_192, 32_768])
     options = parser.parse_args()
-    print("% full: of the slots for tokens. Millions of tokens a second of processor time.")
+    print("% full: of the slots for tokens / tiles / windows of sound. Millions of tokens a second of processor time.")
     print(f"Dearest share of a batch of {BATCH} rows over the mean, as packed -> as ordered: for {DEVICES} devices.\n")
     print(f"{'':>6} {'row':>7} {'parts':>6} {'% full':>20} {'dearest share':>46} {'M tokens/s':>10}")
     for row in options.rows:
         for parts in PARTS:
             measured("texts", texts(options.documents, row), (row, 0, 0), options.window, parts)
+        room = (row, 24 * row // 8192, 5 * row // 8192)
+        measured("mixed", mixed(options.documents, row), room, options.window, 1)
 
 
 if __name__ == "__main__":

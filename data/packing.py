@@ -216,6 +216,7 @@ def pack_rows(sizes: Sequence[Size], room: Size, parts: int = 1) -> list[list[tu
             taken = set(chosen)
             left = [i for i in left if i not in taken]
             at = edge
+        assert row, "a document is larger than a row"
         rows.append(row)
     return rows
 
