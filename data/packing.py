@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -191,16 +191,21 @@ def pack_rows(sizes: Sequence[Size], room: Size, parts: int = 1) -> list[list[tu
     In rows of several parts the same is done part by part: the longest document that fits in the rest of the row, and
     those that fill the part in which it ends. So a document that crosses the edge of a part begins at one.
 
+    In rows too large for a search that counts tiles and windows as well, documents with these come first until a row has its
+    fair share: else the last rows would be full of tiles and half full of tokens.
+
     Returns:
         for each row, its documents and where they begin, in order.
     """
     left = sorted(range(len(sizes)), key=lambda i: -sizes[i][0])
     tokens = room[0]
     part = tokens // parts
+    totals: Size = (sum(n for n, _, _ in sizes), sum(n for _, n, _ in sizes), sum(n for _, _, n in sizes))
     rows = []
     while left:
         row: list[tuple[int, int]] = []
         at, rest = 0, room
+        fair = None if _searchable(room) else _fair_share(totals, room)
         while at < tokens:
             rest = (tokens - at, rest[1], rest[2])
             longest = next((i for i in left if _fits(sizes[i], rest)), None)
@@ -209,10 +214,12 @@ def pack_rows(sizes: Sequence[Size], room: Size, parts: int = 1) -> list[list[tu
             end = at + sizes[longest][0]
             edge = -(-end // part) * part
             _, tiles, windows = _less(rest, sizes[longest])
-            chosen = [longest, *_fullest(left, longest, sizes, (edge - end, tiles, windows))]
+            due = fair and (fair[0] - (room[1] - tiles), fair[1] - (room[2] - windows))
+            chosen = [longest, *_fullest(left, longest, sizes, (edge - end, tiles, windows), due)]
             for i in chosen:
                 row.append((i, at))
                 at, rest = at + sizes[i][0], _less(rest, sizes[i])
+                totals = _less(totals, sizes[i])
             taken = set(chosen)
             left = [i for i in left if i not in taken]
             at = edge
@@ -229,27 +236,57 @@ def _less(room: Size, size: Size) -> Size:
     return room[0] - size[0], room[1] - size[1], room[2] - size[2]
 
 
-def _fullest(left: list[int], but: int, sizes: Sequence[Size], room: Size) -> list[int]:
+def _searchable(room: Size) -> bool:
+    """Whether a search of the fullest such row, tiles and windows counted, is small enough."""
+    return (2 * room[0] + 1) * (2 * room[1] + 1) * (room[2] + 1) <= _MOST_STATES
+
+
+def _fair_share(left: Size, room: Size) -> tuple[float, float]:
+    """Tiles and windows of each row, if all that is left is spread evenly over the fewest rows that could hold it."""
+    rows = max(size / most for size, most in zip(left, room, strict=True) if most)
+    return left[1] / rows, left[2] / rows
+
+
+def _fullest(
+    left: list[int], but: int, sizes: Sequence[Size], room: Size, due: tuple[float, float] | None
+) -> list[int]:
     """The documents out of `left`, `but` one, that fill the room best; of several ways, one that takes the longer documents.
 
-    Where tiles and windows make that too large a search, each document in turn that still fits.
+    With `due`, tiles and windows that the row should have, documents with these are taken until it has them, or until an
+    eighth of the room is left. If tiles or windows hinder what fills the rest, and subsets are too many to search, each
+    document in turn that still fits is taken.
     """
-    tokens, tiles, windows = room
-    fitting = (i for i in left if i != but and _fits(sizes[i], room))
+    taken = _owed([i for i in left if i != but], sizes, room, due) if due else []
+    for i in taken:
+        room = _less(room, sizes[i])
+    gone = {but, *taken}
+
+    def fitting() -> Iterator[int]:
+        return (i for i in left if i not in gone and _fits(sizes[i], room))
+
     # Most often tiles and windows are no hindrance, and then what fills the tokens best is the best.
-    taken = _subset(fitting, sizes, room, (1, 0, 0))
-    if sum(sizes[i][1] for i in taken) <= tiles and sum(sizes[i][2] for i in taken) <= windows:
-        return taken
-    fitting = (i for i in left if i != but and _fits(sizes[i], room))
-    by_tile = 2 * tokens + 1
-    by_window = by_tile * (2 * tiles + 1)
-    if by_window * (windows + 1) <= _MOST_STATES:
-        return _subset(fitting, sizes, room, (1, by_tile, by_window))
-    taken = []
-    for i in fitting:
-        if _fits(sizes[i], room):
+    fullest = _subset(fitting(), sizes, room, (1, 0, 0))
+    if sum(sizes[i][1] for i in fullest) <= room[1] and sum(sizes[i][2] for i in fullest) <= room[2]:
+        return taken + fullest
+    if _searchable(room):
+        by_tile = 2 * room[0] + 1
+        return taken + _subset(fitting(), sizes, room, (1, by_tile, by_tile * (2 * room[1] + 1)))
+    for i in left:
+        if i not in gone and _fits(sizes[i], room):
             taken.append(i)
             room = _less(room, sizes[i])
+    return taken
+
+
+def _owed(documents: list[int], sizes: Sequence[Size], room: Size, due: tuple[float, float]) -> list[int]:
+    """Documents with tiles or windows, until the row has those that are due."""
+    spare, tiles, windows = room[0] // 8, *due
+    taken = []
+    for i in documents:
+        needed = (sizes[i][1] > 0 and tiles > 0) or (sizes[i][2] > 0 and windows > 0)
+        if needed and _fits((sizes[i][0] + spare, *sizes[i][1:]), room):
+            taken.append(i)
+            room, tiles, windows = _less(room, sizes[i]), tiles - sizes[i][1], windows - sizes[i][2]
     return taken
 
 

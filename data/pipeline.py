@@ -24,7 +24,7 @@ from data.sources import Document, cache_folder, load_sources, load_tokenizer
 from data.tokenizer import PAD, PATCH
 from sharding.errors import UserError
 
-_FORMAT = 2
+_FORMAT = 3
 """Of the order of rows: another one makes other batches of the same data."""
 
 Batch = dict[str, np.ndarray]

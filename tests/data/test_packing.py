@@ -15,10 +15,13 @@ from data.shuffle import shuffled
 from sharding.errors import UserError
 
 DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(0, 3)), max_size=40)
+LARGE = st.sampled_from([1, 128])
+"""Tokens are so many times as many: then tiles and windows are too many for a search of the fullest row."""
 
 
-@given(DOCUMENTS, st.integers(60, 90), st.integers(4, 7), st.integers(3, 5))
-def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, tiles, windows):
+@given(DOCUMENTS, st.integers(60, 90), st.integers(4, 7), st.integers(3, 5), LARGE)
+def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, tiles, windows, large):
+    documents, tokens = [(large * length, *rest) for length, *rest in documents], large * tokens
     lengths = [d[0] for d in documents]
     rows = pack_rows(documents, (tokens, tiles, windows))
     assert sorted(i for row in rows for i, _ in row) == list(range(len(documents)))
@@ -30,9 +33,10 @@ def test_every_document_is_in_one_row_and_no_row_overflows(documents, tokens, ti
         assert sum(documents[i][2] for i, _ in row) <= windows
 
 
-@given(DOCUMENTS, st.sampled_from([2, 3, 4]), st.integers(15, 25), st.integers(4, 7))
-def test_in_rows_of_parts_only_documents_that_begin_with_a_part_cross_its_edge(documents, parts, part, tiles):
-    documents = [(min(length, parts * part), tiles, windows) for length, tiles, windows in documents]
+@given(DOCUMENTS, st.sampled_from([2, 3, 4]), st.integers(15, 25), st.integers(4, 7), LARGE)
+def test_in_rows_of_parts_only_documents_that_begin_with_a_part_cross_its_edge(documents, parts, part, tiles, large):
+    part *= large
+    documents = [(min(large * length, parts * part), tiles, windows) for length, tiles, windows in documents]
     rows = pack_rows(documents, (parts * part, tiles, 3), parts)
     assert sorted(i for row in rows for i, _ in row) == list(range(len(documents)))
     for row in rows:
@@ -68,6 +72,18 @@ def test_each_row_is_as_full_as_the_documents_left_allow(documents, tiles, windo
                 fullest = used if fullest < used <= tokens else fullest
         assert sum(lengths[i] for i in row) == fullest
         left -= set(row)
+
+
+def test_large_rows_take_their_share_of_tiles_first_and_are_full_to_the_end() -> None:
+    """Texts with pictures whose tiles nearly use up the room for them: the longest first and then what fills the rest would
+    leave pictures alone for the last rows, half empty."""
+    random = np.random.default_rng(0)
+    texts = [(int(n), 0, 0) for n in random.lognormal(6.4, 1.35, 150).clip(16, 6000)]
+    pictures = [(80 + 144 * int(n), int(n), 0) for n in random.choice([1, 2, 5, 8], 240)]
+    room = (8192, 28, 0)
+    least = np.sum(texts + pictures, axis=0)[:2] / room[:2]  # 44 rows for the tokens, 36 for the tiles
+    assert least[0] > least[1] > 0.8 * least[0]
+    assert len(pack_rows(texts + pictures, room)) <= least[0] + 2  # 57 without
 
 
 def small_packing(sizes, shares: Any, window=16, seed=0, **options: Any) -> tuple[Packing, list[np.ndarray]]:
