@@ -4,6 +4,7 @@ Only a command that needs jax imports it: help, a resolved config and a message 
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -27,12 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has left. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if parsed.watch is not None:
+            parsed.watch.fail(f"drover {parsed.command}: what read its output has gone.")
+            os._exit(1)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         command = f"drover {parsed.command}" if parsed.command else "drover"
         status, text = failures.report(error, command, parsed.workdir, parsed.traceback)
         if parsed.watch is None or not parsed.watch.quiet:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(text, file=sys.stderr, flush=True)
         if parsed.watch is not None:
             parsed.watch.fail(text)
             os._exit(status)  # jax would wait for the other processes first

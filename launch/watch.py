@@ -149,12 +149,13 @@ class Watch:
             return
         self._send({"failed": text}, beside)
         if not told:
-            print(
-                f"\n{text}\nThe other processes cannot go on without it and end too. The same command goes on from the "
-                "newest checkpoint.",
-                file=sys.stderr,
-                flush=True,
-            )
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(
+                    f"\n{text}\nThe other processes cannot go on without it and end too. The same command goes on from the "
+                    "newest checkpoint.",
+                    file=sys.stderr,
+                    flush=True,
+                )
         os._exit(PEER_LOST)
 
 

@@ -1,5 +1,8 @@
 """What a run shows in the terminal: a live panel on a terminal, one aligned line per record anywhere else."""
 
+import os
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -27,6 +30,15 @@ MAX_STRIPS = 8
 """Rows of expert utilisation in the live panel; of more layers an even selection is shown."""
 
 
+class _Terminal(Terminal):
+    """That of rich, but what reads it may leave (`| head`): then the run saves and ends, as after a signal."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        signal.raise_signal(signal.SIGTERM)
+
+
 class Console:
     """Shows a run. `record` and `message` may be called from any thread.
 
@@ -45,7 +57,7 @@ class Console:
         width: int | None = None,
     ) -> None:
         """`file`, `terminal` (whether it is one) and `width` are found out where they are None."""
-        self._out = Terminal(
+        self._out = _Terminal(
             file=file, force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False
         )
         self._run, self._workdir, self._facts = run, workdir, facts

@@ -38,7 +38,8 @@ class StopRequest:
 
     def _say(self, text: str) -> None:
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:

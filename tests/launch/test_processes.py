@@ -16,7 +16,7 @@ import pytest
 
 from launch.processes import ALONE, Group, again, check_gpus, group_of
 from sharding.errors import UserError
-from tests.trainer.processes import ROOT, finish, metrics, reached, saving, start, wait_until
+from tests.trainer.processes import ROOT, finish, logged, metrics, reached, saving, start, wait_until
 
 CONSTANT = ("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=1")
 """A rate that does not depend on the number of steps."""
@@ -210,6 +210,17 @@ def test_a_signal_stops_all_at_one_step_and_saves(number: signal.Signals, tmp_pa
     (line,) = [line for line in output.splitlines() if "saved step" in line]
     step = int(line.split("saved step ")[1].split(".")[0])
     assert (tmp_path / "checkpoints" / str(step)).is_dir() and metrics(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.slow
+def test_where_nobody_reads_the_output_any_more_all_save_and_end(tmp_path: Path) -> None:
+    process = begin(tmp_path, "--processes=2", "--config.checkpoint.every_steps=100000", steps=100_000)
+    assert process.stdout
+    assert any("/100000  train" in line for line in process.stdout)  # as with `| head`
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    (saved,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved == logged(tmp_path)
 
 
 @pytest.mark.slow
