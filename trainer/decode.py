@@ -81,8 +81,10 @@ class Decoder:
 
     def __init__(self, skeleton: Skeleton, params: Params, router_bias: Params):
         self._skeleton = skeleton
-        # Once: weights that are still in the host's memory would be sent again for every token.
-        self._weights = jax.device_put((params, router_bias))
+        # Once: weights that are still in the host's memory would be sent again for every token. Others lie where they shall.
+        self._weights = jax.tree.map(
+            lambda w: w if isinstance(w, jax.Array) else jax.device_put(w), (params, router_bias)
+        )
         sharding = jax.tree.leaves(self._weights)[0].sharding
         # Of weights that are split over devices, XLA splits the work as it likes; tokens are for every process.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
@@ -145,7 +147,7 @@ class Decoder:
         config = self._skeleton.config
         check_room(
             tree_bytes(self._weights) + len(prompts) * config.cache_bytes(length, jnp.dtype(config.dtype).itemsize),
-            jax.devices()[0],
+            jax.local_devices()[0],
             f"weights, keys and values of {len(prompts)} row(s) of {length:,} tokens",
             "Ask for fewer tokens: a smaller max_tokens, a shorter prompt.",
         )

@@ -38,7 +38,7 @@ from trainer.memory import check_memory, device_bytes, tree_bytes
 from trainer.metrics import Logger, MetricsLogger, NoLogger
 from trainer.objective import SAMPLED, metrics, next_token_objective, without_empty_means
 from trainer.placement import memory_line, place_student_and_teacher
-from trainer.processes import anyone_says, check_same, is_leader, leader_says
+from trainer.processes import anyone_says, check_same, is_leader, leader_says, wait_for_all
 from trainer.progress import prepare_bar
 from trainer.report import write_report
 from trainer.report_text import duration, without_targets
@@ -195,6 +195,7 @@ class Run:
             make_eval_step(skeleton, next_token_objective(run.objective, sources)),
         )
         self.facts["compile_s"] = time.perf_counter() - compile_start
+        wait_for_all("compiled")
         self.feeder = feeder
         if self.asked:
             self.feeder = AskedAhead(feeder, self.asked, lambda share: mesh.put(share, rows), run.steps - start)

@@ -8,8 +8,11 @@ import hashlib
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from sharding.errors import UserError
+
+DAY_MS = 86_400_000
 
 
 def is_leader() -> bool:
@@ -29,6 +32,16 @@ def anyone_says(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(np.asarray(multihost_utils.process_allgather(np.array(answer))).any())
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here, `what` they have done being said by all alike.
+
+    It is no collective, which may not take long: where they meet for the first time in one, gloo, on CPUs, gives a process
+    that compiles longer than another 30 s. Who is dead or hangs is found out by the watch (`launch/watch.py`).
+    """
+    if jax.process_count() > 1:
+        multihost.get_barrier_sync_fn()(key=what, timeout_ms=DAY_MS)
 
 
 def check_same(what: str, value: str) -> None:
