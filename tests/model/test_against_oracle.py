@@ -144,7 +144,7 @@ def test_objective_and_gradient_are_those_of_the_oracle(case: Case, monkeypatch:
 
 @pytest.mark.slow
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     print_blob=True,

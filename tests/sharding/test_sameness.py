@@ -31,15 +31,11 @@ MESHES += [
     (EVERYTHING, mesh(**dict.fromkeys(names.split(), 2)))
     for names in (
         "fsdp expert tensor",
-        "fsdp context tensor",
         "stage expert context",
         "stage data fsdp",
-        "stage context tensor",
     )
 ]
-MESHES += [
-    (TIED, sizes) for sizes in (mesh(expert=8), mesh(context=8), mesh(fsdp=4, tensor=2), mesh(stage=2, context=4))
-]
+MESHES += [(TIED, sizes) for sizes in (mesh(expert=8), mesh(fsdp=4, tensor=2), mesh(stage=2, context=4))]
 
 
 def test_the_meshes_have_each_axis_alone_and_all_pairs() -> None:
