@@ -134,6 +134,7 @@ def assert_all_end(process: subprocess.Popen[str], victim: int, pids: dict[int, 
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
 
+@pytest.mark.slow
 def test_a_process_dies_within_a_save_and_the_same_command_goes_on_as_if_nothing_had_happened(
     alone: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ STEPS = 2
 """On each mesh."""
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_mesh_to_mesh_as_if_nothing_had_happened(run_on: Any, tmp_path: Path) -> None:
     run, last = nano(), STEPS * len(RUN_CHAIN)
     run = dataclasses.replace(

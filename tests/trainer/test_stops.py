@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.data import llama4
 from tests.trainer.processes import finish, metrics, start
 
@@ -20,6 +22,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path: Path) -> None
     assert metrics(tmp_path)[-1]["skipped"] == 3
 
 
+@pytest.mark.slow
 def test_a_save_that_finds_no_room_stops_the_run_and_is_explained(tmp_path: Path) -> None:
     small_files = ("sh", "-c", 'ulimit -f 300; exec "$@"', "sh")  # 150 KiB
     output = finish(start(tmp_path, "--config.compile_cache=", through=small_files), 2)

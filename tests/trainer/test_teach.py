@@ -100,6 +100,7 @@ def files(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in cache.iterdir() if not re.match(r"\d+\.json", path.name)}
 
 
+@pytest.mark.slow
 def test_a_student_of_the_cache_learns_what_one_beside_the_teacher_does(
     teacher: Path, cache: Path, tmp_path: Path
 ) -> None:
