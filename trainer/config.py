@@ -264,7 +264,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the initial weights, and of what a student writes (distill.on_policy)."""
     compile_cache: str = "~/.cache/drover/xla"
-    """Folder of jax's compilation cache, so that a second start compiles nothing; empty for none."""
+    """Folder of jax's compilation cache, so that a second start compiles nothing; empty for none. Not used on several CPU
+    devices, where programs from it hang (`trainer/runtime.py`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

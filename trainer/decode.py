@@ -5,7 +5,7 @@ Letters: B rows, S sequence, D width, V vocabulary, M tiles or windows of sound,
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.cache import Cache
 from sharding.errors import UserError
 from trainer.memory import check_room, tree_bytes
+from trainer.processes import wait_for_all
 from trainer.sampling import Sampling, choose
 from trainer.step import Params, Skeleton
 
@@ -87,10 +88,31 @@ class Decoder:
         )
         sharding = jax.tree.leaves(self._weights)[0].sharding
         # Of weights that are split over devices, XLA splits the work as it likes; tokens are for every process.
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-        tokens_and_cache = everywhere, None
-        self._prefill = jax.jit(self._first_token, static_argnames="length", out_shardings=tokens_and_cache)
-        self._step = jax.jit(self._next_token, donate_argnames="cache", out_shardings=tokens_and_cache)
+        self._everywhere = (
+            NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+        )
+        self._programs: dict[Any, Any] = {}
+
+    def _first(self, batch: dict[str, np.ndarray], sampling: Sampling | None, length: int) -> Any:
+        """The program that makes of such prompts a first token each, and a cache."""
+        function = jax.jit(self._first_token, static_argnames="length", out_shardings=(self._everywhere, None))
+        shapes = tuple((name, array.shape) for name, array in batch.items())
+        key = shapes, jax.tree.structure(sampling), length
+        return self._compiled(key, lambda: function.lower(self._weights, batch, sampling, length=length))
+
+    def _next(self, tokens_B: jax.Array, cache: Cache, sampling: Sampling | None) -> Any:
+        """The program that makes of tokens and such a cache the next ones, the cache staying where it is."""
+        places = jax.tree.map(lambda array: array.sharding, cache)
+        function = jax.jit(self._next_token, donate_argnames="cache", out_shardings=(self._everywhere, places))
+        shapes = tuple((array.shape, array.sharding) for array in jax.tree.leaves(cache))
+        key = shapes, jax.tree.structure(sampling)
+        return self._compiled(key, lambda: function.lower(self._weights, tokens_B, cache, sampling))
+
+    def _compiled(self, key: Any, lowered: Callable[[], Any]) -> Any:
+        if key not in self._programs:
+            self._programs[key] = lowered().compile()
+            wait_for_all("compiled")
+        return self._programs[key]
 
     def _first_token(
         self, weights: Any, batch: dict[str, jax.Array], sampling: Sampling | None, length: int
@@ -156,11 +178,13 @@ class Decoder:
     def _tokens(
         self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling | None, stop: np.ndarray, length: int
     ) -> Iterator[np.ndarray]:
-        tokens_B, cache = self._prefill(self._weights, rows_of(prompts), sampling, length=length)
+        batch, following = rows_of(prompts), None
+        tokens_B, cache = self._first(batch, sampling, length)(self._weights, batch, sampling)
         chosen_B, stopped_B = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), bool)
         for count in range(max_tokens):
             if count:
-                tokens_B, cache = self._step(self._weights, tokens_B, cache, sampling)
+                following = following or self._next(tokens_B, cache, sampling)
+                tokens_B, cache = following(self._weights, tokens_B, cache, sampling)
             chosen_B = np.where(stopped_B, chosen_B, np.asarray(tokens_B))
             stopped_B = np.isin(chosen_B, stop)
             yield chosen_B

@@ -69,7 +69,7 @@ def train(
     Raises `UserError` for whatever the user can cure; `SystemExit` with 128 + signal after a signal.
     """
     started, leader = time.perf_counter(), is_leader()
-    configure_jax(run)
+    configure_jax(run, len(jax.devices()))
     directory = RunDirectory(workdir)
     with contextlib.ExitStack() as stack:
         # Before the lock tells that the run is here: a shell starts what is in its background with Ctrl-C ignored.

@@ -41,7 +41,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
             f"distill: found {found}, expected a teacher, and draws (or top_k) of 1 or more: what is kept of it. Set "
             "--config.distill.teacher=DIR and --config.distill.draws=N."
         )
-    configure_jax(run)
+    configure_jax(run, len(jax.devices()))
     mesh = place_run(run, jax.devices())
     with prepare_bar("preparing built-in data") as tell:
         dataset = build_dataset(run.data, run.media, "train", tell=tell)
