@@ -157,9 +157,15 @@ def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Documen
             document = parse({**record, "parts": _parts(contents)}, default_id)
             return replace(document, metadata={**aside, **(document.metadata or {})} or None)
 
+        left = most  # again: a record may name a file many times
+
         def named(path: str) -> bytes:
+            nonlocal left
             for name, data in contents.items():
                 if path in (name, os.path.basename(name)):
+                    if len(data) > left:
+                        raise too_large(name, len(data), left)
+                    left -= len(data)
                     return data
             raise Rejected("missing file", f"{path}: is not among {', '.join(contents) or 'no files'}")
 

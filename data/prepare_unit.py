@@ -91,7 +91,7 @@ def prepare_unit(i: int, unit: Unit) -> None:
                     raise document
                 if options.transforms:
                     document = transformed(document, options.transforms)
-                record, entry = prepared(document, found.where, tokenizer, dtype)
+                record, entry = prepared(document, found.where, tokenizer, dtype, options.most)
                 check(document, entry, options.filters, classify)
             except Rejected as reason:
                 rejected += found.records

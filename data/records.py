@@ -18,7 +18,7 @@ import numpy as np
 from data.audio import read_audio
 from data.chat import Message, chat_pieces
 from data.documents import MEDIA, Document, Kind, Part, Rejected
-from data.files import MB
+from data.files import MB, too_large
 from data.images import read_image
 from data.sequence import End, Piece, Text, Token, encode
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
@@ -78,12 +78,17 @@ class Entry(NamedTuple):
     """Of the record."""
 
 
-def prepared(document: Document, where: str, tokenizer: Tokenizer, dtype: np.dtype) -> tuple[bytes, Entry]:
+def prepared(
+    document: Document, where: str, tokenizer: Tokenizer, dtype: np.dtype, most: int | None = None
+) -> tuple[bytes, Entry]:
     """The record of a document whose files have been read, and its entry in the index.
 
     Raises:
-        Rejected: a file cannot be decoded, or the texts are too large.
+        Rejected: a file cannot be decoded, the texts are too large, or the files have more than `most` bytes in all.
     """
+    size = sum(len(part.data) for part in document.parts)
+    if most is not None and size > most:
+        raise too_large("the files of the record", size, most)
     if (size := sum(len(part.text.encode()) for part in document.parts)) > TEXT_BYTES:
         raise Rejected(
             "too large", f"found {size:,} bytes of text, expected at most {TEXT_BYTES:,}. Cut it into parts."

@@ -54,6 +54,15 @@ def test_a_record_of_a_tar_names_its_files(tmp_path):
     assert "is not among" in refused(of_tar(tmp_path, tar(("b/1.json", record), ("b/1.png", b"x"))), "missing file")
 
 
+def test_a_record_that_names_a_file_again_and_again_is_too_large(tmp_path):
+    record = lines({"image": ["1.jpg"] * 3})
+    files = {"1.jpg": b"picture" * 10, "1.json": record}
+    for source in (tree(tmp_path / "f", files), tmp_path / "a.tar"):
+        (tmp_path / "a.tar").write_bytes(tar(*files.items()))
+        assert "found 70 bytes, expected at most 60" in refused(found(source, most=200), "too large")
+        assert len(only(found(source, most=210)).parts) == 3
+
+
 def test_small_texts_of_no_kind_are_metadata(tmp_path):
     members = [("0.cls", b"3"), ("0.txt", b"zero"), ("0.seg.id", b"7\n"), ("0.json", b'{"cls": "own", "n": 1}')]
     members += [("1.json", b'{"text": "one"}'), ("1.cls", b"4"), ("2.txt", b"two"), ("2.npy", b"\x93NUMPY")]

@@ -1,5 +1,6 @@
 """`drover data prepare`: which records stay, on which side, with which weights, and which are refused with their reason."""
 
+import base64
 import json
 import re
 from typing import Any
@@ -205,6 +206,14 @@ def test_an_option_that_cannot_be_is_an_error(tmp_path, options):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
     with pytest.raises(UserError):
         made(tmp_path / "out", tmp_path / "a.jsonl", **options)
+
+
+def test_files_in_a_record_and_beside_it_are_too_large_together(tmp_path):
+    (tmp_path / "a.png").write_bytes(bytes(6000))
+    inside = {"bytes": base64.b64encode(bytes(6000)).decode()}
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"image": [inside, "a.png"]}, {"text": "a"}))
+    made(tmp_path / "out", tmp_path / "a.jsonl", max_record_mb=0.01)
+    assert rejected(tmp_path / "out") == [("a.jsonl:1", "too large")]
 
 
 def test_nothing_usable_is_an_error(tmp_path):
