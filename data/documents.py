@@ -78,10 +78,11 @@ class Document:
         return any(part.role is not None for part in self.parts)
 
 
-def parse(record: Any, default_id: str) -> Document:
+def parse(record: Any, default_id: str, with_more: bool = False) -> Document:
     """The document of a record; files are named, not yet read.
 
-    Fields of the record that are not of the schema are kept as metadata; parts have none but their own.
+    Fields of the record that are not of the schema are kept as metadata; parts have none but their own. With more to be
+    added to it, its own text may be blank.
 
     Raises:
         Rejected: the record does not have the form. The reason names the field.
@@ -119,7 +120,7 @@ def parse(record: Any, default_id: str) -> Document:
         split=split,
         metadata={**others, **metadata} or None,
     )
-    if not any(part.text.strip() or part.kind != "text" for part in parts):
+    if not with_more and not any(part.text.strip() or part.kind != "text" for part in parts):
         raise Rejected("empty", "found no text but blanks, and no files")
     return document
 

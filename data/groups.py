@@ -139,7 +139,7 @@ def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Documen
         contents: dict[str, bytes] = {}
         aside: dict[str, str] = {}
         record: Any = {}
-        left = most
+        of_json, left = "", most
         # What is of no kind comes last: alone, it is no document.
         for name, read in sorted(group.items(), key=lambda file: _kind(file[0]) is None):
             kind = _kind(name)
@@ -147,32 +147,54 @@ def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Documen
                 raise _of_no_kind(name)
             data = read(left)
             left -= len(data)
+            if kind == "json" and of_json:
+                raise Rejected("duplicate file", f"{name}: found a second .json beside {of_json}, expected one")
             if kind == "json":
-                record = from_json(data, name)
+                of_json, record = name, from_json(data, name)
             elif kind:
                 contents[name] = data
             else:
                 aside[shown(os.path.basename(name).partition(".")[2])] = _aside(data, name)
-        if isinstance(record, dict) and not record.keys() & {*FORMS, *MEDIA}:
+        if isinstance(record, dict) and all(record.get(name) is None for name in (*FORMS, *MEDIA)):
             document = parse({**record, "parts": _parts(contents)}, default_id)
-            return replace(document, metadata={**aside, **(document.metadata or {})} or None)
-
-        left = most  # again: a record may name a file many times
-
-        def named(path: str) -> bytes:
-            nonlocal left
-            for name, data in contents.items():
-                if path in (name, os.path.basename(name)):
-                    if len(data) > left:
-                        raise too_large(name, len(data), left)
-                    left -= len(data)
-                    return data
-            raise Rejected("missing file", f"{path}: is not among {', '.join(contents) or 'no files'}")
-
-        document = with_files(parse(record, default_id), named)
+        else:
+            document = _with_others(parse(record, default_id, bool(contents)), record, contents, most)
         return replace(document, metadata={**aside, **(document.metadata or {})} or None)
     except Rejected as rejected:
         return rejected
+
+
+def _with_others(document: Document, record: Mapping[str, Any], contents: Mapping[str, bytes], most: int) -> Document:
+    """The document of a .json with its files: media that it does not name come first, and texts last if it has none.
+
+    A list of parts or messages names all of its files. What has no place in the document is refused.
+    """
+    left, others = most, dict(contents)
+
+    def named(path: str) -> bytes:
+        nonlocal left
+        for name, data in contents.items():
+            if path in (name, os.path.basename(name)):
+                if len(data) > left:  # a record may name a file many times
+                    raise too_large(name, len(data), left)
+                left -= len(data)
+                others.pop(name, None)
+                return data
+        raise Rejected("missing file", f"{path}: is not among {', '.join(contents) or 'no files'}")
+
+    document = with_files(document, named)
+    for form in FORMS:
+        refused = (name for name in others if form != "text" or kind_of(name) == "text")
+        if record.get(form) is not None and (name := next(refused, None)):
+            expected = "no text beside it" if form == "text" else "the path of each file beside it in one of them"
+            raise Rejected(
+                "unnamed file", f"{name}: is not in the document, whose .json has {form}, expected {expected}"
+            )
+    if not others:
+        return document
+    more = parse({"parts": _parts(others)}, document.id, True).parts
+    media, texts = (tuple(part for part in more if (part.kind == "text") == is_text) for is_text in (False, True))
+    return replace(document, parts=(*media, *document.parts, *texts))
 
 
 def _kind(name: str) -> str | None:

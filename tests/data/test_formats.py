@@ -54,6 +54,29 @@ def test_a_record_of_a_tar_names_its_files(tmp_path):
     assert "is not among" in refused(of_tar(tmp_path, tar(("b/1.json", record), ("b/1.png", b"x"))), "missing file")
 
 
+@pytest.mark.parametrize(
+    ("record", "files", "expected"),
+    [
+        ({"text": "a"}, {"flac": b"sound"}, "sound+a"),
+        ({"text": "a"}, {"wav": b"sound", "jpg": b"picture", "cls": b"3"}, "sound+picture+a"),
+        ({"text": " "}, {"jpg": b"picture"}, "picture+ "),
+        ({"text": None, "n": 1}, {"jpg": b"picture", "txt": b"a"}, "picture+a"),
+        ({"image": "1.jpg"}, {"jpg": b"picture", "txt": b"a"}, "picture+a"),
+        ({"image": "1.jpg", "text": "a"}, {"jpg": b"picture", "wav": b"sound"}, "sound+picture+a"),
+        ({"text": "a"}, {"txt": b"b"}, "[unnamed file]"),
+        ({"image": "1.jpg", "text": "a"}, {"jpg": b"picture", "md": b"b"}, "[unnamed file]"),
+        ({"parts": [{"type": "text", "text": "a"}]}, {"jpg": b"picture"}, "[unnamed file]"),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"jpg": b"picture"}, "[unnamed file]"),
+        ({"text": "a"}, {"jpg": b""}, "[empty]"),
+        ({"text": "a"}, {"b.json": b"{}"}, "[duplicate file]"),
+        ({"n": 1}, {"b.json": b'{"n": 2}', "txt": b"a"}, "[duplicate file]"),
+    ],
+)
+def test_no_file_beside_a_record_is_lost_silently(tmp_path, record, files, expected):
+    members = {"1.json": lines(record), **{f"1.{end}": content for end, content in files.items()}}
+    assert texts(of_tar(tmp_path, tar(*members.items()))) == [expected]
+
+
 def test_a_record_that_names_a_file_again_and_again_is_too_large(tmp_path):
     record = lines({"image": ["1.jpg"] * 3})
     files = {"1.jpg": b"picture" * 10, "1.json": record}
