@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from data.pipeline import build_dataset
 from tests.data import llama4
 from tests.trainer.processes import finish, metrics, start
+from tests.trainer.saved_run import micro
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
@@ -24,6 +26,8 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_save_that_finds_no_room_stops_the_run_and_is_explained(tmp_path: Path) -> None:
+    run = micro()
+    build_dataset(run.data, run.media, "train")  # what is prepared once has larger files
     small_files = ("sh", "-c", 'ulimit -f 300; exec "$@"', "sh")  # 150 KiB
     output = finish(start(tmp_path, "--config.compile_cache=", through=small_files), 2)
     assert "cannot be written" in output and "start the same command again" in output
