@@ -113,8 +113,10 @@ class Checkpoints:
         return self.manager.is_saving_in_progress()
 
     def check(self) -> None:
-        """Raises what went wrong in a save that was going on in the background."""
+        """Raises what went wrong in a save that is no longer going on in the background."""
         with self._explained():
+            # Orbax's own thread has taken the error from check_for_errors, and hands it out where it is joined.
+            self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
     def wait(self) -> None:
