@@ -16,6 +16,8 @@ FILES_OF_A_DOCUMENT = 1000
 _LONGEST_PATH = 4096
 _ASIDE_BYTES = 10_000
 _BLOCK = 4 * MB
+_EXTRA_BYTES = 2**20
+"""Of headers of a tar file that say more of one file (a long name, attributes), or of all that follow."""
 _BOMB_RATIO, _BOMB_BYTES = 200, 1000 * MB
 """A compressed file that grows to more than so many times its size, and more than so many bytes, is given up."""
 
@@ -70,9 +72,8 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
     with unpacking(path) as raw:
         try:
             stream = Stream(raw, size, most)
-            with tarfile.open(fileobj=stream, mode="r:") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
+            with _Tar.open(fileobj=stream, mode="r:", tarinfo=_Member) as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # it would keep them all
                     if len(member.name) > _LONGEST_PATH:
                         raise tarfile.TarError(f"a name of {len(member.name):,} characters follows")
                     at = shown(member.name)
@@ -95,10 +96,52 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                     raise tarfile.TarError("more follows the mark of its end")
             if group:
                 yield _group(group, label, most, 1.0)
-        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, IndexError, RecursionError) as error:
             # What was not finished before may lack a file: it is part of what is lost.
             name = shown(next(iter(group), at))
             yield Group(name, Rejected("damaged", f"the rest of the file cannot be read, from {at} on ({error})"), 1.0)
+
+
+class _Tar(tarfile.TarFile):
+    """A tar file that is read once, of bounded memory."""
+
+    extra_bytes = extra_bytes_of_all = 0
+    """Of headers that say more of the next file, and of all that follow."""
+
+    def next(self) -> tarfile.TarInfo | None:
+        self.members.clear()  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
+        self.extra_bytes = 0
+        return super().next()
+
+
+class _Member(tarfile.TarInfo):
+    """A file of a `_Tar`. Maps of sparse files are passed over, since these are refused: they may be of any length."""
+
+    def _proc_member(self, tar: Any) -> tarfile.TarInfo:  # for subclasses to override, as the library says
+        if self.type == tarfile.XGLTYPE:
+            tar.extra_bytes_of_all += self.size
+        elif self.type in (
+            tarfile.XHDTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        ):
+            tar.extra_bytes += self.size
+        if self.size < 0 or max(tar.extra_bytes, tar.extra_bytes_of_all) > _EXTRA_BYTES:
+            raise tarfile.ReadError(f"it has headers of a file with more than {_EXTRA_BYTES:,} bytes, or fewer than 0")
+        return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _proc_sparse(self, tar: Any) -> tarfile.TarInfo:
+        _, more, _ = self._sparse_structs  # pyright: ignore[reportAttributeAccessIssue]
+        while more:
+            more = tar.fileobj.read(tarfile.BLOCKSIZE)[504]
+        self.sparse = b""
+        return self._proc_builtin(tar)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _proc_gnusparse_00(self, member: tarfile.TarInfo, *_: Any) -> None:
+        member.sparse = b""
+
+    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
 
 def _group(group: Mapping[str, Reader], label: str, most: int, share: float) -> Group:

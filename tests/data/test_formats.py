@@ -3,6 +3,7 @@
 import gzip
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,38 @@ def bomb_of_headers() -> bytes:
     return one * 5000 + tar(("a.txt", b"a"))
 
 
+def sparse(blocks: int = 0) -> bytes:
+    """A file with holes in GNU's old form, whose map goes on in so many blocks; these say that one more follows."""
+    head = bytearray(header("a.txt", tarfile.GNUTYPE_SPARSE, size=512).tobuf(tarfile.GNU_FORMAT))
+    head[482], head[148:156] = bool(blocks), b" " * 8
+    head[148:156] = f"{sum(head):06o}\0 ".encode()
+    block = b"00000000001\0" * 42 + b"\1" + bytes(7)
+    return bytes(head) + (block * blocks)[: 512 * blocks - 8] + bytes(8 if blocks else 0) + bytes(512)
+
+
+def sparse_in_pax(regions: int) -> bytes:
+    """The same in the newest form: the map begins the file."""
+    content = b"%d\n" % regions + b"0\n" * (2 * regions)
+    fields = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    info = header("a.txt", size=len(content), pax_headers=fields)
+    return info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def of_all(fields: dict[str, str]) -> bytes:
+    return tarfile.TarInfo.create_pax_global_header(fields)
+
+
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
+        (sparse() + bytes(1024), "file type"),
+        (sparse(3) + bytes(1024), "file type"),
+        (sparse(3)[:512], "damaged"),
+        (sparse(3)[:1536], "damaged"),
+        (sparse_in_pax(1000) + bytes(1024), "file type"),
+        (header("a.txt", pax_headers={"x": "x" * 2**20}).tobuf(tarfile.PAX_FORMAT) + bytes(1024), "damaged"),
+        (of_all({"x": "x" * 10**6}) + of_all({"y": "y" * 10**6}) + tar(("a.txt", b"a")), "damaged"),
+        (header("x", tarfile.GNUTYPE_LONGNAME, size=-512).tobuf(tarfile.GNU_FORMAT) + tar(("a.txt", b"a")), "damaged"),
         (tar(header("a.txt", tarfile.SYMTYPE, linkname="/etc/passwd")), "link"),
         (tar(header("a.txt", tarfile.LNKTYPE, linkname="b")), "link"),
         (tar(header("a.txt", tarfile.CHRTYPE, devmajor=1, devminor=5)), "file type"),
@@ -192,6 +222,15 @@ def bomb_of_headers() -> bytes:
 )
 def test_what_a_tar_must_not_hold_is_refused_by_name(tmp_path, content, rule):
     assert refused(of_tar(tmp_path, content), rule)
+
+
+def test_maps_of_files_with_holes_are_not_held(tmp_path):
+    for content in (sparse(20_000), sparse_in_pax(500_000)):
+        (tmp_path / "a.tar").write_bytes(content + tar(("b.txt", b"b")))
+        tracemalloc.start()
+        assert texts(found(tmp_path / "a.tar")) == ["[file type]", "b"]
+        assert tracemalloc.get_traced_memory()[1] < 10 * 10**6  # 27 and more, if they were
+        tracemalloc.stop()
 
 
 def test_an_unusable_document_costs_no_other(tmp_path):
