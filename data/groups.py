@@ -47,7 +47,17 @@ def share_of(file: Any, size: int) -> float:
 
 
 def stem(name: str) -> tuple[str, str]:
-    """Folder, and name up to its first dot: what files of one document share."""
+    """Folder, and name without its ending: what files of one document of a folder share. Of `cat.jpg.json`, beside
+    `cat.jpg`, it is `cat`; of `2024.01.02.txt`, `2024.01.02`."""
+    folder, base = os.path.split(name)
+    base, _ = os.path.splitext(base)
+    while _kind(base):
+        base, _ = os.path.splitext(base)
+    return folder, base
+
+
+def member_stem(name: str) -> tuple[str, str]:
+    """The same in a tar file: as in WebDataset, up to the first dot of the name."""
     folder, base = os.path.split(name)
     return folder, base.split(".", 1)[0]
 
@@ -59,7 +69,7 @@ def from_folder(folder: Path, groups: Sequence[Sequence[str]], label: str, most:
         return lambda left: read_within(folder, name, left)
 
     for i, group in enumerate(groups, start=1):
-        yield _group({name: reader(name) for name in group}, label, most, i / len(groups))
+        yield _group({name: reader(name) for name in group}, stem, label, most, i / len(groups))
 
 
 def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
@@ -79,8 +89,8 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                     at = shown(member.name)
                     if member.isdir():
                         continue
-                    if group and stem(member.name) != stem(next(iter(group))):
-                        yield _group(group, label, most, share_of(raw, size))
+                    if group and member_stem(member.name) != member_stem(next(iter(group))):
+                        yield _group(group, member_stem, label, most, share_of(raw, size))
                         group, left = {}, most
                     if len(group) <= FILES_OF_A_DOCUMENT:  # one more than there may be tells that there are too many
                         data = _member(tar, member, left)
@@ -95,7 +105,7 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                 if rest.count(0) != len(rest):
                     raise tarfile.TarError("more follows the mark of its end")
             if group:
-                yield _group(group, label, most, 1.0)
+                yield _group(group, member_stem, label, most, 1.0)
         except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, IndexError, RecursionError) as error:
             # What was not finished before may lack a file: it is part of what is lost.
             name = shown(next(iter(group), at))
@@ -144,9 +154,12 @@ class _Member(tarfile.TarInfo):
     _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
 
-def _group(group: Mapping[str, Reader], label: str, most: int, share: float) -> Group:
+def _group(
+    group: Mapping[str, Reader], stem_of: Callable[[str], tuple[str, str]], label: str, most: int, share: float
+) -> Group:
     first = next(iter(group))
-    return Group(shown(first), _grouped(shown(os.path.join(label, *stem(first))), group, most), share)
+    folder, base = stem_of(first)
+    return Group(shown(first), _grouped(os.path.join(folder, base), label, group, most), share)
 
 
 def _given(data: bytes | Rejected) -> Reader:
@@ -174,8 +187,9 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, left: int) -> bytes |
     return data
 
 
-def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Document | Rejected:
+def _grouped(stem: str, label: str, group: Mapping[str, Reader], most: int) -> Document | Rejected:
     """The document of files that belong together: by their json file if it is a record, else files, then texts."""
+    default_id = shown(os.path.join(label, stem))
     try:
         if len(group) > FILES_OF_A_DOCUMENT:
             raise Rejected("too large", f"found more than {FILES_OF_A_DOCUMENT:,} files of one document")
@@ -197,7 +211,7 @@ def _grouped(default_id: str, group: Mapping[str, Reader], most: int) -> Documen
             elif kind:
                 contents[name] = data
             else:
-                aside[shown(os.path.basename(name).partition(".")[2])] = _aside(data, name)
+                aside[shown(name[len(stem) + 1 :])] = _aside(data, name)
         if isinstance(record, dict) and all(record.get(name) is None for name in (*FORMS, *MEDIA)):
             document = parse({**record, "parts": _parts(contents)}, default_id)
         else:

@@ -49,6 +49,12 @@ def test_members_that_share_a_name_are_one_document(tmp_path, ending):
     assert second.document.id == f"a.{ending}/b/2"
 
 
+def test_members_share_their_name_up_to_the_first_dot(tmp_path):
+    members = ("0.txt", b"zero"), ("0.seg.id", b"7"), ("0.a.jpg", b"picture")
+    document = only(of_tar(tmp_path, tar(*members)))
+    assert (document.id, document.metadata) == ("a.tar/0", {"seg.id": "7"})
+
+
 def test_a_record_of_a_tar_names_its_files(tmp_path):
     record = b'{"parts": [{"type": "text", "text": "a"}, {"type": "image", "path": "1.jpg"}]}'
     assert texts(of_tar(tmp_path, tar(("b/1.json", record), ("b/1.jpg", b"picture")))) == ["a+picture"]
@@ -88,13 +94,13 @@ def test_a_record_that_names_a_file_again_and_again_is_too_large(tmp_path):
 
 
 def test_small_texts_of_no_kind_are_metadata(tmp_path):
-    members = [("0.cls", b"3"), ("0.txt", b"zero"), ("0.seg.id", b"7\n"), ("0.json", b'{"cls": "own", "n": 1}')]
+    members = [("0.cls", b"3"), ("0.txt", b"zero"), ("0.seg", b"7\n"), ("0.json", b'{"cls": "own", "n": 1}')]
     members += [("1.json", b'{"text": "one"}'), ("1.cls", b"4"), ("2.txt", b"two"), ("2.npy", b"\x93NUMPY")]
     members += [("3.txt", b"three"), ("3.log", b"x" * 10_001), ("4.cls", b"5"), ("5.txt", b"five"), ("5.cls", b"6")]
     for records in (of_tar(tmp_path, tar(*members)), found(tree(tmp_path / "f", dict(members)))):
         assert texts(records) == ["zero", "one", "[file type]", "[file type]", "[file type]", "five"]
         kept = [record.document.metadata for record in records if isinstance(record.document, Document)]
-        assert kept == [{"cls": "own", "seg.id": "7\n", "n": 1}, {"cls": "4"}, {"cls": "6"}]
+        assert kept == [{"cls": "own", "seg": "7\n", "n": 1}, {"cls": "4"}, {"cls": "6"}]
         assert "2.npy: found .npy, expected" in refused(records[2:3], "file type")
 
 
@@ -249,12 +255,18 @@ def test_files_of_a_folder_that_share_a_name_are_one_document(tmp_path):
         "b/2.jpg": b"picture",
         "b/1.txt": b"one",
         "2.md": b"other",
-        "c.d.jpg": b"c",
-        "c.txt": b"d",
+        "c.JPG": b"c",
+        "c.JPG.txt": b"d",
+        "2024.01.01.txt": b"first",
+        "2024.01.02.txt": b"second",
+        "2024.01.02.cls": b"2",
     }
     records = found(tree(tmp_path / "f", files))
-    assert groups_of(records) == {"f/2": "other", "f/b/1": "one", "f/b/2": "picture+two", "f/c": "c+d"}
-    assert [record.where for record in records] == ["f/2.md", "f/c.d.jpg", "f/b/1.txt", "f/b/2.jpg"]
+    days = {"f/2024.01.01": "first", "f/2024.01.02": "second"}
+    assert groups_of(records) == days | {"f/2": "other", "f/b/1": "one", "f/b/2": "picture+two", "f/c": "c+d"}
+    names = ["2.md", "2024.01.01.txt", "2024.01.02.cls", "c.JPG", "b/1.txt", "b/2.jpg"]
+    assert [record.where for record in records] == [f"f/{name}" for name in names]
+    assert isinstance(records[2].document, Document) and records[2].document.metadata == {"cls": "2"}
 
 
 def test_a_folder_is_cut_into_units_between_documents(tmp_path, monkeypatch):
