@@ -87,8 +87,8 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                     if len(member.name) > _LONGEST_PATH:
                         raise tarfile.TarError(f"a name of {len(member.name):,} characters follows")
                     at = shown(member.name)
-                    if member.isdir():
-                        continue
+                    if member.isdir() or any(part[0] == "." and part != ".." for part in Path(member.name).parts):
+                        continue  # hidden, as macOS adds ._cat.jpg
                     if group and member_stem(member.name) != member_stem(next(iter(group))):
                         yield _group(group, member_stem, label, most, share_of(raw, size))
                         group, left = {}, most

@@ -55,6 +55,20 @@ def test_members_share_their_name_up_to_the_first_dot(tmp_path):
     assert (document.id, document.metadata) == ("a.tar/0", {"seg.id": "7"})
 
 
+def test_hidden_members_are_passed_over(tmp_path):
+    hidden = [(name, b"\0") for name in ("./._1.jpg", "./.git/1.txt", "b/._1.txt", ".DS_Store")]
+    members = [
+        hidden[0],
+        ("./1.jpg", b"picture"),
+        *hidden[1:],
+        ("./1.txt", b"one"),
+        ("..2.txt", b"-"),
+        ("2..txt", b"two"),
+    ]
+    assert texts(of_tar(tmp_path, tar(*members))) == ["picture+one", "two"]
+    assert of_tar(tmp_path, tar(hidden[0])) == []
+
+
 def test_a_record_of_a_tar_names_its_files(tmp_path):
     record = b'{"parts": [{"type": "text", "text": "a"}, {"type": "image", "path": "1.jpg"}]}'
     assert texts(of_tar(tmp_path, tar(("b/1.json", record), ("b/1.jpg", b"picture")))) == ["a+picture"]
