@@ -1,4 +1,4 @@
-"""Files that stay open. A process may have so many of them and no more: 1,024, most often."""
+"""Files that stay open, and what keeps a whole one from being read. A process may have 1,024 open, most often."""
 
 import errno
 import os
@@ -11,6 +11,16 @@ from sharding.errors import UserError
 
 _SMALL = 2**16
 """Bytes up to which an array is read: one that is mapped holds a file descriptor for as long as it lives."""
+_DISK = "The disk or the network that it is on failed. See the system's log (dmesg), and give the same command again."
+_CURES = {
+    errno.ENFILE: "The machine has as many files open as it may. End other processes, or raise sysctl fs.file-max.",
+    errno.ENOMEM: "No memory is left. End other processes, or take a machine with more.",
+    errno.EACCES: "This user may not. Change the permissions of it and of the folders that it is in.",
+    errno.EIO: f"{_DISK} If it stays so, copy the file again from elsewhere.",
+    errno.ESTALE: _DISK,
+    errno.ETIMEDOUT: _DISK,
+}
+"""What to do where a file may be whole and cannot be used."""
 
 
 def limit() -> int:
@@ -19,9 +29,19 @@ def limit() -> int:
 
 
 def check_limit(path: Path, error: Exception) -> None:
-    """Raises a UserError where opening a file failed since too many are open; nothing is wrong with the file then."""
+    """Raises a UserError where a file could not be used for a reason that is not in the file: too many are open, no memory is
+    left, the disk failed."""
+
     # ArrayRecord raises RuntimeError, which has the reason as text alone.
-    if getattr(error, "errno", None) == errno.EMFILE or os.strerror(errno.EMFILE) in str(error):
+    def due_to(number: int) -> bool:
+        return getattr(error, "errno", None) == number or os.strerror(number) in str(error)
+
+    if isinstance(error, MemoryError):
+        raise UserError(f"{path}: cannot be used (out of memory). {_CURES[errno.ENOMEM]}") from error
+    for number, cure in _CURES.items():  # the text of ENFILE begins with that of EMFILE
+        if due_to(number):
+            raise UserError(f"{path}: cannot be used ({os.strerror(number)}). {cure}") from error
+    if due_to(errno.EMFILE):
         raise UserError(
             f"{path}: cannot be opened, since this process has {limit():,} files open already, as many as it may. Raise the "
             "limit (ulimit -n 65536), or use fewer data sets at once."

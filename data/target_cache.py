@@ -21,13 +21,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from data.target_index import SUFFIX, Cost, Progress, ShardIndex, halves, sync_folder
+from data.open_files import check_limit, limit
+from data.target_index import SUFFIX, Cost, Progress, Segments, ShardIndex, sync_folder
 from data.target_records import DIGEST_BYTES, Damaged, RecordFormat, Targets, decode
 from sharding.errors import UserError
 
 FORMAT = 1
 OPEN_SHARDS = 128
-"""That a reader keeps open, each with a file descriptor."""
+"""That a reader keeps open, each with a file descriptor; not more than a quarter of the files that the process may have."""
 NOTES = 5
 """Missing segments that a reader names, and as many damaged records."""
 
@@ -103,6 +104,7 @@ class Header:
                 f"{folder}: found no header.json, expected a cache of targets. `drover teach --out {folder}` makes one."
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            check_limit(path, error)
             raise UserError(f"{path}: cannot be read ({error}). Copy it again.") from error
         return header
 
@@ -155,7 +157,11 @@ def finished_shards(folder: Path, cache: bytes, verify: bool = True) -> list[tup
         UserError: one is missing, truncated, damaged or of another cache.
     """
     found = []
-    paths = [path for path in folder.iterdir() if re.fullmatch(r"\d{6,}" + re.escape(SUFFIX), path.name)]
+    try:
+        paths = [path for path in folder.iterdir() if re.fullmatch(r"\d{6,}" + re.escape(SUFFIX), path.name)]
+    except OSError as error:
+        check_limit(folder, error)
+        raise UserError(f"{folder}: cannot be listed ({error}). Give the same command again when it can.") from error
     for path in sorted(paths, key=lambda path: int(path.stem)):
         index, shard = ShardIndex.open(path, verify), path.with_suffix(".array_record")
         again = f"Copy it again; or remove it and {path.name}, and `drover teach` makes them again."
@@ -165,6 +171,9 @@ def finished_shards(folder: Path, cache: bytes, verify: bool = True) -> list[tup
             size = shard.stat().st_size
         except FileNotFoundError:
             raise UserError(f"{shard}: is missing, though its index is there. {again}") from None
+        except OSError as error:
+            check_limit(shard, error)
+            raise UserError(f"{shard}: cannot be read ({error}). Give the same command again when it can.") from error
         if size != index.facts.file_bytes:
             raise UserError(f"{shard}: found {size:,} bytes, expected {index.facts.file_bytes:,}. {again}")
         found.append((shard, index))
@@ -229,13 +238,15 @@ class TargetCache:
             for name, value in (cut or {}).items()
             if value != header.cut.get(name)
         )
-        self._shards = finished_shards(folder, header.digest, verify)
-        for shard, index in self._shards:
-            if vocab_size is not None and index.facts.largest_id >= vocab_size:
+        shards = finished_shards(folder, header.digest, verify)
+        self._shards = [(shard, index.facts) for shard, index in shards]
+        for shard, facts in self._shards:
+            if vocab_size is not None and facts.largest_id >= vocab_size:
                 raise UserError(
-                    f"{shard}: holds id {index.facts.largest_id:,}, expected ids below the student's vocab_size of "
+                    f"{shard}: holds id {facts.largest_id:,}, expected ids below the student's vocab_size of "
                     f"{vocab_size:,}. Raise it to the teacher's {header.vocab_size:,}."
                 )
+        self._segments = Segments([index for _, index in shards])
         self._lock, self._closed = threading.Lock(), False
         self._readers: OrderedDict[int, Any] = OrderedDict()
         self._notes: deque[str] = deque()
@@ -263,7 +274,7 @@ class TargetCache:
     @property
     def progress(self) -> Progress:
         """What it holds."""
-        return Progress.of([index for _, index in self._shards])
+        return Progress.of([facts for _, facts in self._shards])
 
     @property
     def cost(self) -> Cost:
@@ -274,7 +285,8 @@ class TargetCache:
         """The targets of these segments; with `missing` "hard", why there are none.
 
         Raises:
-            UserError: with `missing` "fail", a segment is missing or its record damaged.
+            UserError: with `missing` "fail", a segment is missing or its record damaged; with any, a record cannot be read
+                for a reason that is not in its file, like too many open files.
             ValueError: the cache is closed.
         """
         with self._lock:
@@ -283,7 +295,7 @@ class TargetCache:
             return self._get(digests)
 
     def _get(self, digests: Sequence[bytes]) -> list[Targets | Lack]:
-        shards, places = self._find(digests)
+        shards, places = self._segments.find(digests)
         absent = np.flatnonzero(shards < 0)
         if absent.size and self._missing == "fail":
             cause = "Was it made from the same data, with the same preprocessing, to the end?"
@@ -316,24 +328,11 @@ class TargetCache:
                     found[i] = Lack.DAMAGED
         return found
 
-    def _find(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, place in it) of each, int64; -1 for those that no shard has."""
-        shards, places = np.full(len(digests), -1), np.full(len(digests), -1)
-        high, low = halves(digests)
-        left = np.arange(len(digests))
-        for number, (_, index) in enumerate(self._shards):
-            if not left.size:
-                break
-            at = index.find(high[left], low[left])
-            here = left[at >= 0]
-            shards[here], places[here] = number, index.places[at[at >= 0]]
-            left = left[at < 0]
-        return shards, places
-
     def _read(self, shard: int, places: list[int]) -> list[bytes | Exception]:
         try:
             return self._reader(shard).read(places)
         except Exception as error:  # whatever the library makes of damaged bytes
+            check_limit(self._shards[shard][0], error)
             if len(places) == 1:
                 return [error]
         return [record for place in places for record in self._read(shard, [place])]  # the others may be whole
@@ -342,7 +341,7 @@ class TargetCache:
         if shard not in self._readers:
             from array_record.python.array_record_module import ArrayRecordReader
 
-            if len(self._readers) >= OPEN_SHARDS:
+            while len(self._readers) >= max(min(OPEN_SHARDS, limit() // 4), 1):
                 _close(self._readers.popitem(last=False)[1])
             self._readers[shard] = ArrayRecordReader(str(self._shards[shard][0]), "readahead_buffer_size:0")
         self._readers.move_to_end(shard)
@@ -373,8 +372,8 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     header = Header.read(folder)
     shards = finished_shards(folder, header.digest)
-    facts, cost = [index.facts for _, index in shards], Cost.of(shards)
-    progress = Progress.of([index for _, index in shards])
+    facts = [index.facts for _, index in shards]
+    progress, cost = Progress.of(facts), Cost.of([(shard, index.facts) for shard, index in shards])
     pairs = [np.column_stack([index.high, index.low]) for _, index in shards]
     distinct = len(np.unique(np.concatenate(pairs), axis=0)) if pairs else 0
     tokens = np.concatenate([np.zeros(0, np.uint32), *(index.tokens for _, index in shards)])

@@ -1,6 +1,6 @@
-"""The index of one shard of a target cache: digests of its segments, sorted, with their places. Mapped from disk.
+"""The index of one shard of a target cache: digests of its segments, sorted, with their places; and that of all shards.
 
-Letters: R records of the shard.
+Letters: R records of the shard, N of a run of shards.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from data.open_files import check_limit
 from data.target_records import DIGEST_BYTES
 from sharding.errors import UserError
 
@@ -65,15 +66,18 @@ class ShardIndex(NamedTuple):
 
         Args:
             path: of the index.
-            verify: read all of it, to compare its checksum.
+            verify: compare its checksum.
 
         Raises:
             UserError: it cannot be read or is damaged.
         """
         try:
-            with path.open("rb") as file:
-                head = file.read(_HEAD.size)
-                size = os.fstat(file.fileno()).st_size
+            data = path.read_bytes()
+        except (OSError, MemoryError) as error:
+            check_limit(path, error)
+            raise UserError(f"{path}: cannot be read ({error}). Give the same command again when it can.") from error
+        try:
+            head = data[: _HEAD.size]
             if (
                 len(head) < _HEAD.size
                 or head[:8] != MAGIC
@@ -83,12 +87,12 @@ class ShardIndex(NamedTuple):
             _, *fields, checksum, _ = _HEAD.unpack(head)
             facts = ShardFacts(*fields)
             expected = _HEAD.size + facts.records * sum(np.dtype(dtype).itemsize for _, dtype in _ARRAYS)
-            if size != expected or not facts.records:
-                raise ValueError(f"found {size:,} bytes, expected {expected:,}")
-            raw = np.memmap(path, np.uint8, "r").view(np.ndarray)[_HEAD.size :]  # plain arrays are searched faster
+            if len(data) != expected or not facts.records:
+                raise ValueError(f"found {len(data):,} bytes, expected {expected:,}")
+            raw = np.frombuffer(data, np.uint8, offset=_HEAD.size)
             if verify and zlib.crc32(raw.data) != checksum:
                 raise ValueError("the checksum does not fit the bytes")
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{path}: is damaged ({error}). Copy it again; or remove it and its shard, and `drover teach` makes them "
                 "again."
@@ -98,6 +102,24 @@ class ShardIndex(NamedTuple):
             stop = at + facts.records * np.dtype(dtype).itemsize
             arrays[name], at = raw[at:stop].view(dtype), stop
         return cls(facts, **arrays)
+
+
+class _Run(NamedTuple):
+    """Segments of some shards, arrays [N] sorted by `high`."""
+
+    high: np.ndarray
+    low: np.ndarray
+    shards: np.ndarray
+    """uint32, the place of the shard in the order in which shards were added."""
+    places: np.ndarray
+
+    @classmethod
+    def of(cls, runs: "Sequence[_Run]") -> Self:
+        """All of these in one."""
+        columns = ([run[i] for run in runs] for i in range(len(cls._fields)))
+        high = np.concatenate(next(columns))
+        order = np.argsort(high)
+        return cls(high[order], *(np.concatenate(column)[order] for column in columns))
 
     def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
         """int64: which entries have these digests, -1 for those that none has."""
@@ -109,6 +131,39 @@ class ShardIndex(NamedTuple):
             if not (others := alike & ~found).any():
                 return np.where(found, at, -1)
             at = at + others
+
+
+class Segments:
+    """Where the segments of all shards are, in memory: 24 bytes each.
+
+    They are sorted together, so that a look-up takes as long whatever the number of shards. What is added later are runs of
+    their own, each at least twice as long as the next: so a segment is sorted again only as often as the whole doubles.
+    """
+
+    def __init__(self, shards: Sequence[ShardIndex] = ()):
+        self._shards = len(shards)
+        self._runs = [_Run.of([_run(i, shard) for i, shard in enumerate(shards)])] if shards else []
+
+    def add(self, shard: ShardIndex) -> None:
+        """One more, after those that are there."""
+        self._runs.append(_run(self._shards, shard))
+        self._shards += 1
+        while len(self._runs) > 1 and len(self._runs[-2].high) < 2 * len(self._runs[-1].high):
+            self._runs[-2:] = [_Run.of(self._runs[-2:])]
+
+    def find(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, place in it) of each, int64; -1 for those that no shard has."""
+        shards, places = np.full(len(digests), -1), np.full(len(digests), -1)
+        high, low = halves(digests)
+        for run in self._runs:
+            at = run.find(high, low)
+            here = at >= 0
+            shards[here], places[here] = run.shards[at[here]], run.places[at[here]]
+        return shards, places
+
+
+def _run(number: int, shard: ShardIndex) -> _Run:
+    return _Run(shard.high, shard.low, np.full(len(shard.high), number, np.uint32), shard.places)
 
 
 class Progress(NamedTuple):
@@ -123,8 +178,7 @@ class Progress(NamedTuple):
         return self.bytes / max(self.tokens, 1)
 
     @classmethod
-    def of(cls, shards: Sequence[ShardIndex]) -> Self:
-        facts = [shard.facts for shard in shards]
+    def of(cls, facts: Sequence[ShardFacts]) -> Self:
         return cls(*(sum(getattr(f, name) for f in facts) for name in ("records", "tokens", "record_bytes")))
 
 
@@ -149,21 +203,22 @@ class Cost(NamedTuple):
     """Those whose cost is known."""
 
     @classmethod
-    def of(cls, shards: Sequence[tuple[Path, ShardIndex]]) -> Self:
+    def of(cls, shards: Sequence[tuple[Path, ShardFacts]]) -> Self:
         """Of these shards, from the files beside those that have one.
 
         Raises:
             UserError: one of the files is damaged.
         """
         seconds, tokens = 0.0, 0
-        for shard, index in shards:
+        for shard, facts in shards:
             path = shard.with_suffix(COST_SUFFIX)
             try:
                 seconds += _cost(path.read_text(encoding="utf-8"))
-                tokens += index.facts.tokens
+                tokens += facts.tokens
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
+                check_limit(path, error)
                 raise UserError(
                     f"{path}: is damaged ({error!r}). Copy it again; or remove it, and what its shard cost is not counted."
                 ) from error

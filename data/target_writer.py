@@ -8,15 +8,17 @@ CACHE/NNNNNN.index          comes last, whole: with it the shard counts
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from data.open_files import check_limit
 from data.shards import shard_name
 from data.target_cache import Header, finished_shards
-from data.target_index import COST_SUFFIX, SUFFIX, Entry, Progress, ShardIndex, halves, write_cost, write_index
+from data.target_index import COST_SUFFIX, SUFFIX, Entry, Progress, Segments, ShardIndex, write_cost, write_index
 from data.target_records import Targets, encode
 from sharding.errors import UserError
 
@@ -61,8 +63,9 @@ class TargetWriter:
             folder.mkdir(parents=True, exist_ok=True)
             header.write(folder)
             self._remove_leftovers()
-            self._shards = [shard for _, shard in finished_shards(folder, header.digest)]
-        self.found, self.written = Progress.of(self._shards), Progress(0, 0, 0)
+            shards = [shard for _, shard in finished_shards(folder, header.digest)]
+        self._segments = Segments(shards)
+        self.found, self.written = Progress.of([shard.facts for shard in shards]), Progress(0, 0, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -76,15 +79,11 @@ class TargetWriter:
     def done(self, digests: Sequence[bytes]) -> np.ndarray:
         """bool: which segments need not be done again. Of other processes it knows what they had finished at the start."""
         done = np.array([self._shard is not None and digest in self._shard.digests for digest in digests], bool)
-        high, low = halves(digests)
-        for shard in self._shards:
-            done |= shard.find(high, low) >= 0
-        return done
+        shards, _ = self._segments.find(digests)
+        return done | (shards >= 0)
 
     def add(self, digests: Sequence[bytes], targets: Sequence[Targets], device_seconds: float = 0.0) -> np.ndarray:
         """Adds the targets of segments; bool, which of them were not there already.
-
-        Many at a time: each call looks into the index of every shard.
 
         Args:
             digests: of the segments.
@@ -120,7 +119,7 @@ class TargetWriter:
         """From here on, what was added counts. Called of itself where a shard is full, and at the end."""
         if self._shard is not None:
             with self._plainly():
-                self._shards.append(self._shard.finish(self._header.digest))
+                self._segments.add(self._shard.finish(self._header.digest))
             self._shard = None
 
     def progress(self) -> Progress:
@@ -135,7 +134,8 @@ class TargetWriter:
 
     def _remove_leftovers(self) -> None:
         """Removes what was left by a process that was killed: shards without an index, and files half written."""
-        for path in sorted(self._folder.glob("[0-9]*.array_record")):
+        unfinished = [path for path in self._folder.iterdir() if re.fullmatch(r"\d{6,}\.array_record", path.name)]
+        for path in sorted(unfinished):
             number = int(path.stem)
             if number % self._processes == self._process and not path.with_suffix(SUFFIX).exists():
                 lock = _locked(path, os.O_RDWR)
@@ -155,6 +155,7 @@ class TargetWriter:
         try:
             yield
         except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter, of a full disk too
+            check_limit(self._folder, error)
             raise UserError(
                 f"{self._folder}: cannot be written ({getattr(error, 'strerror', None) or error}). Make room, or give another "
                 "folder; the same command goes on where it was stopped."

@@ -287,7 +287,7 @@ def test_damaged_records_are_named_and_the_others_still_come(cache) -> None:
     shard = cache / "000001.array_record"
     data = shard.read_bytes()
     with TargetCache(cache) as reader:
-        shards, places = reader._find(DIGESTS)
+        shards, places = reader._segments.find(DIGESTS)
     in_shard = [i for i in range(SEGMENTS) if shards[i] == 1]
     victim = in_shard[5]
     at = data.index(DIGESTS[victim]) + 40
