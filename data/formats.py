@@ -133,7 +133,7 @@ def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:
     if not path.is_file():  # a pipe would wait for ever
         raise UserError(f"{path}: is no regular file, though it is named like one. Rename it or take it away.")
     size = path.stat().st_size
-    if found == "jsonl" and path.suffix != ".gz":
+    if found == "jsonl" and path.suffix.lower() != ".gz":
         yield from _plan_jsonl(path, label)
     elif found == "parquet":
         yield from _plan_parquet(path, label, size)
@@ -179,7 +179,7 @@ def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
     with unpacking(path) as raw:
         file: Any = raw
         size = path.stat().st_size
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             file = Stream(raw, size, most)
         else:
             raw.seek(unit.start)

@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 def unpacking(path: Path) -> Any:
     """The file, opened; what gzip packed, as it was before."""
-    return gzip.open(path) if path.suffix in (".gz", ".tgz") else path.open("rb")
+    return gzip.open(path) if path.suffix.lower() in (".gz", ".tgz") else path.open("rb")
 
 
 def share_of(file: Any, size: int) -> float:

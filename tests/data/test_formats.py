@@ -38,9 +38,9 @@ WEBDATASET = tar(
 )
 
 
-@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz"])
+@pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz", "TAR", "tar.GZ", "TGZ"])
 def test_members_that_share_a_name_are_one_document(tmp_path, ending):
-    packed = WEBDATASET if ending == "tar" else gzip.compress(WEBDATASET)
+    packed = WEBDATASET if ending.lower() == "tar" else gzip.compress(WEBDATASET)
     first, second = of_tar(tmp_path, packed, f"a.{ending}")
     assert (first.where, second.where) == (f"a.{ending}/b/1.txt", f"a.{ending}/b/2.txt")
     assert texts([first, second]) == ["picture+one", "two"]

@@ -87,6 +87,11 @@ def test_what_is_no_json_is_refused_by_name(tmp_path, content):
     assert refused(found(tmp_path / "a.jsonl"), "json").startswith("the line: found no JSON")
 
 
+def test_endings_of_packed_files_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(lines({"text": "a"}, {"text": "b"})))
+    assert texts(found(tmp_path)) == ["a", "b"]
+
+
 @given(st.integers(0, 400))
 def test_a_packed_file_cut_anywhere_gives_whole_lines_and_says_so(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("gz") / "a.jsonl.gz"
