@@ -10,6 +10,7 @@
 
 import base64
 import binascii
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -58,6 +59,8 @@ class Part:
     """Whose turn it belongs to, one of `data.chat.ROLES`; None in what is no conversation."""
     weight: float | None = None
     """Of a text's tokens in the loss; None for the default: 1, and 0 in turns that are not the assistant's."""
+    new_turn: bool = False
+    """Begins a turn, though the part before has the same role."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,10 @@ def parse(record: Any, default_id: str, with_more: bool = False) -> Document:
     elif forms == ["parts"]:
         parts = tuple(_part(part, f"parts[{i}]", True) for i, part in enumerate(_list(record["parts"], "parts")))
     else:
-        parts = tuple(
-            part for i, message in enumerate(_list(record["messages"], "messages")) for part in _message(message, i)
-        )
+        messages = [_message(message, i) for i, message in enumerate(_list(record["messages"], "messages"))]
+        for before, message in itertools.pairwise(messages):
+            message[0] = replace(message[0], new_turn=message[0].role == before[0].role)
+        parts = tuple(itertools.chain.from_iterable(messages))
     with_role = [part.role is not None for part in parts]
     if any(with_role) and not all(with_role):
         raise Rejected("schema", f"parts[{with_role.index(False)}].role: missing, expected one in all parts or in none")

@@ -152,11 +152,11 @@ def _pieces(document: Document) -> Iterator[Piece]:
 
 
 def _turns(document: Document, numbers: Iterator[int]) -> list[Message]:
-    """Neighbouring parts of one role are one turn."""
+    """Neighbouring parts of one role are one turn, but for those of another message."""
     turns: list[tuple[str, list[str | Piece]]] = []
     for part in document.parts:
         role = part.role or ""
-        if not turns or turns[-1][0] != role:
+        if not turns or turns[-1][0] != role or part.new_turn:
             turns.append((role, []))
         usual = 1.0 if role == "assistant" else 0.0
         weight = usual if part.weight is None else part.weight
@@ -211,7 +211,7 @@ def _runs(weights: np.ndarray) -> tuple[list[int], list[float]]:
 
 def _content(document: Document) -> Iterator[bytes]:
     for part in document.parts:
-        yield f"{part.kind} {part.role} {part.weight}".encode()
+        yield f"{part.kind} {part.role} {part.weight}{' new turn' if part.new_turn else ''}".encode()
         yield part.text.encode() if part.kind == "text" else part.data
 
 

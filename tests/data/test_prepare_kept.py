@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data.chat import Message, chat_tokens
 from data.config import DataConfig, MediaSpec
 from data.inspect import inspect_data, render
 from data.pipeline import build_dataset
@@ -114,6 +115,21 @@ def test_of_a_conversation_the_answers_alone_weigh(tmp_path):
     chat, plain = weighed(made(tmp_path / "out", tmp_path / "a.jsonl"))
     assert [(text, weight) for text, weight in chat if weight] == [(f"Hello{TURN_END}", 1.0), (f"Ciao{TURN_END}", 0.5)]
     assert plain == [(f"{BEGIN_OF_TEXT}a", 0.0), (f"b{END_OF_TEXT}", 2.0)]
+
+
+def test_each_message_is_a_turn_as_the_template_writes_it(tmp_path):
+    said = [("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d"), ("user", "")]
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    apart = {"messages": [{"role": role, "content": text} for role, text in said]}
+    together = {"messages": [{"role": "user", "content": content}, *apart["messages"][2:]]}
+    parts = {"parts": [{"type": "text", "text": text, "role": role} for role, text in said]}
+    (tmp_path / "a.jsonl").write_bytes(jsonl(apart, together, parts))
+    data = made(tmp_path / "out", tmp_path / "a.jsonl", held_out=0)
+    assert ids(data) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]  # none is taken for another one
+    tokenizer = load_file(tmp_path / "out")
+    turns = [said, [("user", "ab"), *said[2:]], [("user", "ab"), ("assistant", "cd"), ("user", "")]]
+    expected = [chat_tokens(tokenizer, [Message(*turn) for turn in one], ask=False) for one in turns]
+    assert [record.tokens.tolist() for record in records(data)] == expected
 
 
 def test_the_end_of_a_turn_weighs_as_its_last_text(tmp_path):
