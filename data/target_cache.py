@@ -45,7 +45,7 @@ class Header:
     """What all targets of a cache have in common."""
 
     teacher: Mapping[str, Any]
-    """Who it is: its name, the digest of its weights or the step of its checkpoint, ..."""
+    """Who it is: the digest of its weights or the step of its checkpoint, ...; and its name, which may change."""
     tokenizer: str
     """Its digest."""
     vocab_size: int
@@ -108,8 +108,11 @@ class Header:
             raise UserError(f"{path}: cannot be read ({error}). Copy it again.") from error
         return header
 
-    def write(self, folder: Path) -> None:
-        """Writes it into a folder, unless another process has: then it must be the same.
+    def write(self, folder: Path) -> "Header":
+        """Writes it into a folder, unless there is one: then that must be the same, but for the teacher's name.
+
+        Returns:
+            What the folder has.
 
         Raises:
             UserError: the folder has another one.
@@ -131,10 +134,9 @@ class Header:
             beside.unlink(missing_ok=True)
             sync_folder(folder)
         found = self.read(folder)
-        if found.digest != self.digest:
-            raise UserError(
-                f"{path}: {_difference(found, self)}. The cache was begun for something else: give another folder."
-            )
+        if difference := _difference(found, self):
+            raise UserError(f"{path}: {difference}. The cache was begun for something else: give another folder.")
+        return found
 
 
 def _canonical(value: Any) -> bytes:
@@ -142,11 +144,18 @@ def _canonical(value: Any) -> bytes:
 
 
 def _difference(found: Header, expected: Header) -> str:
-    ours, theirs = asdict(found), asdict(expected)
+    """Where they differ, in words; a teacher with another name is the same."""
+
+    def compared(header: Header) -> dict[str, bytes]:
+        fields = asdict(header)
+        fields["teacher"] = {name: value for name, value in fields["teacher"].items() if name != "name"}
+        return {name: _canonical(value) for name, value in fields.items()}
+
+    ours, theirs = compared(found), compared(expected)
     return "; ".join(
-        f"{name}: found {ours[name]!r}, expected {theirs[name]!r}"
+        f"{name}: found {getattr(found, name)!r}, expected {getattr(expected, name)!r}"
         for name in ours
-        if _canonical(ours[name]) != _canonical(theirs[name])
+        if ours[name] != theirs[name]
     )
 
 

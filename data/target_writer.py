@@ -45,7 +45,7 @@ class TargetWriter:
         """
         Args:
             folder: of the cache; made if it is not there.
-            header: of the cache; must be the same in all processes.
+            header: of the cache; must be the same in all processes, but for the teacher's name.
             process: number of this one.
             processes: how many write.
             shard_bytes: a shard has records of this size at most, or one.
@@ -56,14 +56,14 @@ class TargetWriter:
         """
         if not 0 <= process < processes:
             raise ValueError(f"process {process} of {processes}")
-        self._folder, self._header, self._form = folder, header, header.record_format
+        self._folder, self._form = folder, header.record_format
         self._process, self._processes, self._shard_bytes = process, processes, shard_bytes
         self._shard: _Shard | None = None
         with self._plainly():
             folder.mkdir(parents=True, exist_ok=True)
-            header.write(folder)
+            self._cache = header.write(folder).digest
             self._remove_leftovers()
-            shards = [shard for _, shard in finished_shards(folder, header.digest)]
+            shards = [shard for _, shard in finished_shards(folder, self._cache)]
         self._segments = Segments(shards)
         self.found, self.written = Progress.of([shard.facts for shard in shards]), Progress(0, 0, 0)
 
@@ -119,7 +119,7 @@ class TargetWriter:
         """From here on, what was added counts. Called of itself where a shard is full, and at the end."""
         if self._shard is not None:
             with self._plainly():
-                self._segments.add(self._shard.finish(self._header.digest))
+                self._segments.add(self._shard.finish(self._cache))
             self._shard = None
 
     def progress(self) -> Progress:

@@ -1,5 +1,6 @@
 """Writers of a cache of targets: whole after any kill, nothing twice, and no folder that is something else's."""
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -146,8 +147,22 @@ def test_two_processes_with_one_number_are_refused(tmp_path) -> None:
         TargetWriter(tmp_path, HEADER, 2, 2)
 
 
+MOVED = dataclasses.replace(HEADER, teacher={"digest": "abc", "name": "moved"})
+
+
+def test_parts_and_later_starts_may_find_the_teacher_under_another_path(tmp_path) -> None:
+    for process, header in ((0, HEADER), (1, MOVED), (0, MOVED)):
+        with TargetWriter(tmp_path, header, process, 2) as writer:
+            assert writer.found.records == len(list(tmp_path.glob("*.index")))
+            writer.add([digest(writer.found.records)], [targets(writer.found.records)])
+    assert Header.read(tmp_path) == HEADER != MOVED
+    with TargetCache(tmp_path, teacher=MOVED.teacher) as cache:
+        assert all(same(found, i) for i, found in enumerate(cache.get(DIGESTS[:3])))
+
+
 @pytest.mark.parametrize(
-    "faster, refused", [(HEADER, False), (Header({"name": "other"}, "tokens", 1000, draws=4), True)]
+    "faster, refused",
+    [(HEADER, False), (MOVED, False), (Header({"name": "other"}, "tokens", 1000, draws=4), True)],
 )
 def test_the_header_of_the_first_process_stands(tmp_path, monkeypatch, faster, refused) -> None:
     link = os.link
