@@ -159,7 +159,7 @@ def _difference(found: Header, expected: Header) -> str:
     )
 
 
-def finished_shards(folder: Path, cache: bytes, verify: bool = True) -> list[tuple[Path, ShardIndex]]:
+def finished_shards(folder: Path, cache: bytes) -> list[tuple[Path, ShardIndex]]:
     """The finished shards of a folder, by number.
 
     Raises:
@@ -172,7 +172,7 @@ def finished_shards(folder: Path, cache: bytes, verify: bool = True) -> list[tup
         check_limit(folder, error)
         raise UserError(f"{folder}: cannot be listed ({error}). Give the same command again when it can.") from error
     for path in sorted(paths, key=lambda path: int(path.stem)):
-        index, shard = ShardIndex.open(path, verify), path.with_suffix(".array_record")
+        index, shard = ShardIndex.open(path), path.with_suffix(".array_record")
         again = f"Copy it again; or remove it and {path.name}, and `drover teach` makes them again."
         if index.facts.cache != cache:
             raise UserError(f"{path}: is of another cache than {folder / 'header.json'}. Remove it and {shard.name}.")
@@ -207,7 +207,6 @@ class TargetCache:
         preprocessing: Mapping[str, Any] | None = None,
         cut: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
-        verify: bool = True,
     ):
         """
         Args:
@@ -218,7 +217,6 @@ class TargetCache:
             preprocessing: of the student's data.
             cut: of the student's data; may differ, since only long documents are then other segments.
             vocab_size: of the student.
-            verify: compare the checksums of the indexes, which reads them.
 
         Raises:
             UserError: the cache is not what was expected, or is missing or damaged.
@@ -247,7 +245,7 @@ class TargetCache:
             for name, value in (cut or {}).items()
             if value != header.cut.get(name)
         )
-        shards = finished_shards(folder, header.digest, verify)
+        shards = finished_shards(folder, header.digest)
         self._shards = [(shard, index.facts) for shard, index in shards]
         for shard, facts in self._shards:
             if vocab_size is not None and facts.largest_id >= vocab_size:
@@ -266,9 +264,6 @@ class TargetCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __reduce__(self):
-        return _reopened, (self._folder, self._missing)
 
     def close(self) -> None:
         with self._lock:
@@ -361,11 +356,6 @@ class TargetCache:
             self._unnamed[lack] -= 1
             last = "" if self._unnamed[lack] else f"; others that are {lack} are counted, and not named"
             self._notes.append(f"{text}{last}")
-
-
-def _reopened(folder: Path, missing: Literal["fail", "hard"]) -> TargetCache:
-    """In another process: what was checked once is not checked again."""
-    return TargetCache(folder, missing, verify=False)
 
 
 def _close(reader: Any) -> None:

@@ -61,12 +61,8 @@ class ShardIndex(NamedTuple):
     """uint32, of each segment."""
 
     @classmethod
-    def open(cls, path: Path, verify: bool = True) -> Self:
+    def open(cls, path: Path) -> Self:
         """The index in this file.
-
-        Args:
-            path: of the index.
-            verify: compare its checksum.
 
         Raises:
             UserError: it cannot be read or is damaged.
@@ -90,7 +86,7 @@ class ShardIndex(NamedTuple):
             if len(data) != expected or not facts.records:
                 raise ValueError(f"found {len(data):,} bytes, expected {expected:,}")
             raw = np.frombuffer(data, np.uint8, offset=_HEAD.size)
-            if verify and zlib.crc32(raw.data) != checksum:
+            if zlib.crc32(raw.data) != checksum:
                 raise ValueError("the checksum does not fit the bytes")
         except ValueError as error:
             raise UserError(

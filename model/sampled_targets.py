@@ -35,11 +35,6 @@ class Recipe:
     top_k: int
     """Above 0 the most likely ids stand in for draws, with their probabilities: a biased target, whatever the tail."""
 
-    @property
-    def slots(self) -> int:
-        """Ids that a token has room for."""
-        return self.top_k or self.draws
-
 
 class Targets(NamedTuple):
     """What is kept of the teacher's distribution at each token."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import shutil
 import struct
 import time
@@ -31,9 +30,6 @@ def test_what_was_written_is_found_by_its_digest_in_any_order(whole) -> None:
         for found, i in zip(cache.get([DIGESTS[i] for i in order]), order, strict=True):
             assert same(found, i) and not same(found, (i + 1) % SEGMENTS)
         assert cache.get([]) == []
-        again = pickle.loads(pickle.dumps(cache))
-    assert same(again.get([DIGESTS[3]])[0], 3)
-    again.close()
 
 
 def test_no_more_shards_are_open_than_may_be(whole, monkeypatch) -> None:
@@ -259,13 +255,19 @@ def test_an_index_that_is_damaged_or_of_another_cache_is_named(cache, tmp_path) 
         TargetCache(cache, "hard")
 
 
-def test_an_index_that_is_not_verified_leads_to_no_wrong_targets(cache) -> None:
+def with_its_checksums(data: bytes) -> bytes:
+    """An index whose arrays were changed, as if it had been written so."""
+    head = data[:72] + zlib.crc32(data[80:]).to_bytes(4, "little")
+    return head + zlib.crc32(head).to_bytes(4, "little") + data[80:]
+
+
+def test_an_index_of_wrong_arrays_leads_to_no_wrong_targets(cache) -> None:
     """A flipped place or digest ends at a record that says whose it is."""
     path = cache / "000001.index"
     data = path.read_bytes()
     for wrong in list(damaged(data, 2))[7 + 88 :]:
-        path.write_bytes(wrong)
-        with TargetCache(cache, "hard", verify=False) as reader:
+        path.write_bytes(with_its_checksums(wrong))
+        with TargetCache(cache, "hard") as reader:
             found = reader.get(DIGESTS)
             assert all(isinstance(each, Lack) or same(each, i) for i, each in enumerate(found))
             assert sum(isinstance(each, Lack) for each in found) <= 13
@@ -275,8 +277,8 @@ def test_a_record_of_another_segment_is_not_taken_for_the_one_asked_for(cache) -
     path = cache / "000001.index"
     data, index = path.read_bytes(), ShardIndex.open(path)
     at, R = 80 + 16 * index.facts.records, index.facts.records
-    path.write_bytes(data[:at] + index.places[::-1].tobytes() + data[at + 4 * R :])
-    with TargetCache(cache, "hard", verify=False) as reader:
+    path.write_bytes(with_its_checksums(data[:at] + index.places[::-1].tobytes() + data[at + 4 * R :]))
+    with TargetCache(cache, "hard") as reader:
         found = reader.get(DIGESTS)
         assert found.count(Lack.DAMAGED) == R - R % 2
         assert all(each == Lack.DAMAGED or same(each, i) for i, each in enumerate(found))

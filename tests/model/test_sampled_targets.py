@@ -82,7 +82,7 @@ def obvious(hidden: Any, head: Any, targets: Any, recipe: Recipe) -> list[Any]:
             counts = Counter(ids.tolist())
             weights = {i: n / recipe.draws * p[i] / q[i] for i, n in counts.items()}
         ids = sorted(counts)
-        free = recipe.slots - len(ids)
+        free = (recipe.top_k or recipe.draws) - len(ids)
         facts = np.log(cold[target]), -np.sum(cold * np.log(cold)), np.argmax(logits) == target
         listed = ([of[i] for i in ids] + [0] * free for of in (weights, counts))
         rows.append((ids + [-1] * free, *listed, *facts))
