@@ -9,11 +9,12 @@ the others, so that sources may be added.
 A *size* is what a document takes of a row: (tokens, tiles, windows of sound).
 """
 
-import functools
 import itertools
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,26 @@ ROWS_OF_A_WINDOW = 32
 
 Size = tuple[int, int, int]
 
+_KEPT_WINDOWS = (32, 256)
+"""Packed windows that are kept: so many at least, for batches of up to 1,024 rows, and at most."""
+_KEPT_DOCUMENTS = 2**20
+"""Of the windows beyond the least; each takes 24 bytes."""
 _MOST_STATES = 2**18
 """Of the search for the fullest row; a row of 8,192 tokens with 3 tiles free has 114,695."""
+
+
+class _Window(NamedTuple):
+    """Documents that were packed together."""
+
+    documents: np.ndarray
+    """int64 [documents, 3]: (source, document, where it begins in its row), row after row."""
+    ends: np.ndarray
+    """int64 [rows], the documents up to the end of each row."""
+    after: Position
+    """Where the next window begins."""
+
+    def row(self, i: int) -> list[tuple[int, int, int]]:
+        return list(map(tuple, self.documents[self.ends[i - 1] if i else 0 : self.ends[i]].tolist()))
 
 
 class Packing:
@@ -63,9 +82,8 @@ class Packing:
         self._means: list[Sequence[float]] = [size.mean(axis=0, dtype=np.float64).tolist() for size in self._sizes]
         self._known = Positions(len(sizes)) if known is None else known
         self._at, self._end = Position.start(len(sizes)), 0  # the window that was asked for last, and the row after it
-        self._lock = threading.Lock()
-        # Each instance has a cache of its own, as large as a run needs to go on without packing a window twice.
-        self._packed = functools.lru_cache(maxsize=256)(self._pack)
+        self._lock = threading.RLock()
+        self._kept: OrderedDict[Position, _Window] = OrderedDict()
 
     def row(self, n: int) -> list[tuple[int, int, int]]:
         """The documents in row n, in order, as (source, document, where it begins).
@@ -74,16 +92,16 @@ class Packing:
             UserError: every source has been gone through as often as it may be.
         """
         state = self.position(n)
-        rows, _ = self._packed(state)
-        order = np.random.default_rng([self._seed, 2, state.row]).permutation(len(rows))
-        return rows[order[n - state.row]]
+        window = self._packed(state)
+        order = np.random.default_rng([self._seed, 2, state.row]).permutation(len(window.ends))
+        return window.row(order[n - state.row])
 
     def position(self, n: int) -> Position:
         """Where the window of row n begins; packs windows from the last known position on until it is reached."""
         with self._lock:
             if not self._at.row <= n < self._end:
                 state, walked = self._known.before(n), 0
-                while (after := self._packed(state)[1]).row <= n:
+                while (after := self._packed(state).after).row <= n:
                     self._known.add(after)
                     state, walked = after, walked + 1
                 if walked > RECENT:  # a jump, which another process need not make again
@@ -94,12 +112,23 @@ class Packing:
     def taken(self, n: int) -> list[float]:
         """Documents of each source before row n, as if those of a window came evenly."""
         state = self.position(n)
-        rows, after = self._packed(state)
-        part = (n - state.row) / len(rows)
-        return [first + part * (last - first) for first, last in zip(state.taken, after.taken, strict=True)]
+        window = self._packed(state)
+        part = (n - state.row) / len(window.ends)
+        return [first + part * (last - first) for first, last in zip(state.taken, window.after.taken, strict=True)]
 
-    def _pack(self, state: Position) -> tuple[list[list[tuple[int, int, int]]], Position]:
-        """The rows of the window that begins here, and where the next one does."""
+    def _packed(self, state: Position) -> _Window:
+        """The window that begins here. As many are kept as a run needs to go on without packing one twice."""
+        with self._lock:
+            window = self._kept.pop(state, None) or self._pack(state)
+            self._kept[state] = window
+            least, most = _KEPT_WINDOWS
+            kept = sum(len(one.documents) for one in self._kept.values())
+            while len(self._kept) > most or (len(self._kept) > least and kept > _KEPT_DOCUMENTS):
+                kept -= len(self._kept.popitem(last=False)[1].documents)
+            return window
+
+    def _pack(self, state: Position) -> _Window:
+        """Packs the window that begins here."""
         taken, owed = self._take(state)
         documents: list[tuple[int, int]] = []
         sizes: list[Size] = []
@@ -107,8 +136,9 @@ class Packing:
             numbers = self._stream(source, first, last)
             documents += zip(itertools.repeat(source), numbers.tolist())
             sizes += map(tuple, self._sizes[source][numbers].tolist())
-        rows = [[(*documents[i], start) for i, start in row] for row in pack_rows(sizes, self._room, self._row_parts)]
-        return rows, Position(state.row + len(rows), taken, owed)
+        rows = pack_rows(sizes, self._room, self._row_parts)
+        placed = np.array([(*documents[i], start) for row in rows for i, start in row], np.int64)
+        return _Window(placed, np.cumsum(list(map(len, rows))), Position(state.row + len(rows), taken, owed))
 
     def _take(self, state: Position) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Documents of each source up to the end of the window, and what it is still owed then."""

@@ -139,6 +139,22 @@ def test_a_row_is_the_same_whatever_was_asked_before():
     assert [packing.row(n) for n in reversed(range(150))] == rows[::-1]
 
 
+def test_windows_are_kept_by_their_documents_and_those_of_a_batch_in_any_case(monkeypatch):
+    sizes = {"a": np.tile([[1, 0, 0]], (30_000, 1))}
+    packing = Packing(sizes, lambda row: (1.0,), (512, 0, 0), 16, 0)  # 16,384 documents a window, of 32 rows
+    monkeypatch.setattr("data.packing._KEPT_WINDOWS", (2, 256))
+    monkeypatch.setattr("data.packing._KEPT_DOCUMENTS", 5 * 16_384)
+    packed: list[int] = []
+    inner = packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda state: packed.append(state.row) or inner(state))
+    first = [packing.row(n) for n in range(8 * 32)]
+    assert sum(len(window.documents) for window in packing._kept.values()) == 5 * 16_384
+    assert [packing.row(n) for n in range(3 * 32, 8 * 32)] == first[3 * 32 :] and packed == list(range(0, 8 * 32, 32))
+    monkeypatch.setattr("data.packing._KEPT_DOCUMENTS", 0)
+    assert [packing.row(n) for n in range(4 * 32)] == first[: 4 * 32] and len(packing._kept) == 2
+    assert [packing.row(n) for n in range(2 * 32, 4 * 32)] == first[2 * 32 : 4 * 32] and len(packed) == 8 + 4
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 400), st.integers(1, 3))
 def test_from_a_position_later_rows_are_found_without_what_lies_before(n, count):
