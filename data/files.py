@@ -11,8 +11,8 @@ from data.documents import Kind, Rejected
 TEXTS = (".txt", ".md")
 EXTENSIONS: dict[Kind, tuple[str, ...]] = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg"),
-    "audio": (".wav", ".flac", ".ogg", ".oga", ".mp3"),
+    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".ogv"),
+    "audio": (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
 }
 """How files of a kind end, in lower case."""
 MB = 10**6

@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _EXACT = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.A
 """Colours are converted to the same bits on every processor."""
 _PICTURES = (b"heic", b"heix", b"mif1", b"avif")
 """Kinds of ISO media files that hold no clip."""
+_PACKET = re.compile(rb"\x00*\x00\x00\x01([\xb9-\xff])")
+"""How one of an MPEG program stream begins, filling before it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def probe_video(data: bytes, name: str) -> VideoFacts:
     """Decodes a clip once, keeping no frames.
 
     Args:
-        data: the content of a video file: MP4, MOV, Matroska, WebM, AVI, MPEG-TS, Ogg or GIF.
+        data: the content of a video file: MP4, MOV, Matroska, WebM, AVI, MPEG (PS or TS), Ogg or GIF.
         name: what a message calls it.
 
     Returns:
@@ -181,10 +184,10 @@ def _opened(data: bytes, name: str) -> InputContainer:
     form = _format(data)
     if form is None:
         raise UserError(
-            f"video {name}: found {len(data):,} bytes in no known format, expected MP4, MOV, Matroska, WebM, AVI, MPEG-TS, "
-            "Ogg or GIF. If it is a video in another format (WMV, FLV), convert it; if not, save or download it again."
+            f"video {name}: found {len(data):,} bytes in no known format, expected MP4, MOV, Matroska, WebM, AVI, MPEG (PS "
+            "or TS), Ogg or GIF. If it is a video in another format (WMV, FLV), convert it; if not, save or download it again."
         )
-    if reason := shortfall(data):
+    if reason := _shortfall_of_packets(data) if form == "mpeg" else shortfall(data):
         raise _damaged(name, reason)
     # The format is given: no other one is tried. A protocol of no name: nothing else can be opened from within.
     options = {"protocol_whitelist": "none", "format_whitelist": form, "max_pixels": str(MAX_PIXELS)}
@@ -203,9 +206,30 @@ def _format(data: bytes) -> str | None:
         return "gif"
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") and data[8:12] not in _PICTURES:
         return "mov"
+    if data[:4] == b"\0\0\1\xba":
+        return "mpeg"
     if data[:1] == data[188:189] == b"G":
         return "mpegts"
     return None
+
+
+def _shortfall_of_packets(data: bytes) -> str | None:
+    """Where a program stream ends within a packet, or has something else; None if it does not."""
+    at = 0
+    while found := _PACKET.match(data, at):
+        at, code = found.end(), found[1]
+        head = data[at : at + 10]
+        if code == b"\xb9":  # the end
+            continue
+        if len(head) < (10 if code == b"\xba" else 2):
+            return f"it ends within the header of a packet, at byte {at:,}"
+        if code == b"\xba":  # begins a pack, in MPEG-2 or MPEG-1
+            at += 10 + head[9] % 8 if head[0] >> 6 == 1 else 8
+        else:
+            at += 2 + int.from_bytes(head[:2], "big")
+    if at > len(data):
+        return f"its last packet ends at byte {at:,}, the file has {len(data):,}"
+    return f"byte {at:,} begins no packet" if data[at:].strip(b"\0") else None
 
 
 def _stream(container: InputContainer, name: str) -> av.VideoStream:

@@ -31,6 +31,8 @@ KINDS = [
     ("avi", "mjpeg", "yuvj420p"),
     ("mpegts", "libx264", "yuv420p"),
     ("mpegts", "mpeg2video", "yuv420p"),
+    ("mpeg", "mpeg1video", "yuv420p"),
+    ("vob", "mpeg2video", "yuv420p"),
     ("ogg", "libvpx", "yuv420p"),
     ("gif", "gif", "rgb8"),
 ]
