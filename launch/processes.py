@@ -1,12 +1,14 @@
 """Several processes for one run: how each finds the others, and how `--processes N` starts them on one machine."""
 
 import argparse
+import functools
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,11 @@ LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 """Of JAX: the GPUs of this process, of those that it sees."""
 DEFAULT_TIMEOUT = 60.0
 _TOKEN_BYTES, _HOST_BYTES = 16, 256
+_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+_OF_TERMINAL = 0x80
+"""Code of a signal that the kernel sent (SI_KERNEL)."""
+_GRACE_SECONDS = 10.0
+"""From the order to end to the end."""
 
 
 @dataclass(frozen=True)
@@ -266,32 +273,63 @@ def _watch(timeout: float, group: Group | None) -> "Watch":
 def start_local(count: int, command: Sequence[str]) -> int:
     """Runs the command in so many processes of this machine, each with one device; returns the exit status.
 
-    That of the process that ended first with another one than 0. Signals reach all of them.
+    That of the process that ended first with another one than 0. SIGINT and SIGTERM reach all of them. When one has failed,
+    the others have `--peer-timeout` to end by themselves: until all have found each other, they do not know of it.
     """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--peer-timeout")
+    timeout = _timeout(parser.parse_known_args(command)[0])
     with socket.create_server(("127.0.0.1", 0)) as free:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    children = []
-    for index in range(count):
-        place = {COORDINATOR: coordinator, COUNT: str(count), INDEX: str(index), LOCAL: "1"}
-        children.append(subprocess.Popen(command, env=os.environ | place))
-    # Ctrl-C reaches the children by itself, as they share the terminal.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
-    return _wait(children)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would leave nobody to wait for
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for index in range(count):
+            place = {COORDINATOR: coordinator, COUNT: str(count), INDEX: str(index), LOCAL: "1"}
+            unblock = functools.partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+            children.append(subprocess.Popen(command, env=os.environ | place, preexec_fn=unblock))
+        return _wait(children, timeout)
+    finally:
+        for child in children:
+            child.kill()  # where starting or waiting failed
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], timeout: float) -> int:
     from launch.watch import PEER_LOST
 
     statuses: dict[int, int] = {}
-    while len(statuses) < len(children):
-        pid, status = os.wait()
-        index = next(i for i, child in enumerate(children) if child.pid == pid)
-        children[index].returncode = statuses[index] = os.waitstatus_to_exitcode(status)
+    failed_at, told = None, False
+    while left := [child for i, child in enumerate(children) if i not in statuses]:
+        heard = signal.sigtimedwait(_HEARD, 1.0)
+        # Ctrl-C reaches the children by itself, as they share the terminal.
+        if heard and heard.si_signo != signal.SIGCHLD and heard.si_code != _OF_TERMINAL:
+            for child in left:
+                child.send_signal(heard.si_signo)
+        # By their numbers: as the first process of a container, this one gets orphans, too.
+        ended = {i: child.returncode for i, child in enumerate(children) if child in left and child.poll() is not None}
+        statuses |= ended
         left = [child for i, child in enumerate(children) if i not in statuses]
-        if left and any(statuses.values()) and all(_stopped(child.pid) for child in left):
+        if not left or not any(statuses.values()):
+            continue
+        now = time.monotonic()
+        failed_at = failed_at or now
+        if all(_stopped(child.pid) for child in left) or now - failed_at > timeout + _GRACE_SECONDS:
             for child in left:  # the others have ended because of them
                 child.kill()
+        elif now - failed_at > timeout and not told:
+            told = True
+            failed = next(i for i, status in statuses.items() if status)
+            numbers = ", ".join(str(i) for i, child in enumerate(children) if child in left)
+            print(
+                f"\nprocess {failed} has ended with status {statuses[failed]}, and {timeout:g} s later processes {numbers} "
+                "still run: they are told to end.",
+                file=sys.stderr,
+                flush=True,
+            )
+            for child in left:
+                child.terminate()
     # The first cause, rather than that of those that ended because of it.
     failures = [status for status in statuses.values() if status]
     first = next((status for status in failures if status != PEER_LOST), failures[0] if failures else 0)
