@@ -5,7 +5,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
+
+ONE_SECONDS = 2.0
+"""The same signal again within this time is the first one: of `kill -PGID` and of systemd, a process of `--processes` hears
+itself and again from the one that started it."""
 
 
 class StopRequest:
@@ -25,14 +30,15 @@ class StopRequest:
         self.exit_code = 0
 
     def _watch(self, pipe: int) -> None:
-        for count in range(2):
-            data = os.read(pipe, 1)
-            if not data:  # the pipe was closed: the loop has ended
-                return
+        first, since = 0, 0.0
+        while data := os.read(pipe, 1):  # until the pipe is closed, as the loop has ended
+            if data[0] == first and time.monotonic() - since < ONE_SECONDS:
+                continue
             self.signal_name, self.exit_code = signal.Signals(data[0]).name, 128 + data[0]
-            if count or self.nothing_to_save:
+            if first or self.nothing_to_save:
                 self._say(f"\n{self.signal_name}: left at once.")
                 os._exit(self.exit_code)
+            first, since = data[0], time.monotonic()
             self._say(f"\n{self.signal_name}: saving, then leaving. Once more to leave at once.")
             self.requested.set()
 
