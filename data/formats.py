@@ -60,6 +60,8 @@ def plan(sources: Sequence[Path]) -> list[Unit]:
                 units += _plan_folder(source, label)
             elif not source.is_file():
                 raise UserError(f"{source}: there is no such file or folder. Check the path.")
+            elif source.is_symlink():
+                raise UserError(f"{source}: is a symbolic link. Name the file that it leads to.")
             elif found := format_of(source.name):
                 units += _plan_file(found, source, label)
             else:
@@ -85,6 +87,8 @@ def read(unit: Unit, most: int) -> Iterator[Found]:
     """The documents of a unit with the bytes of their files, each of at most `most` bytes in all."""
     if unit.format == "built in":
         yield from builtin.read(unit)
+    elif unit.format != "files" and (rejected := _no_file(Path(unit.path))):
+        yield Found(unit.label, rejected, 1.0)
     elif unit.format == "jsonl":
         yield from _read_jsonl(unit, most)
     elif unit.format == "parquet":
@@ -100,7 +104,11 @@ def _plan_folder(folder: Path, label: str) -> Iterator[Unit]:
     names = _names(folder)
     many = sorted(name for name in names if format_of(name))
     for name in many:
-        yield from _plan_file(format_of(name) or "jsonl", folder / name, os.path.join(label, shown(name)))
+        found, path, own = format_of(name) or "jsonl", folder / name, os.path.join(label, shown(name))
+        if _no_file(path):
+            yield Unit(found, str(path), own)  # reading it says so
+        else:
+            yield from _plan_file(found, path, own)
     if many:
         return
     names.sort(key=lambda name: (stem(name), name))
@@ -127,11 +135,18 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:
+def _no_file(path: Path) -> Rejected | None:
+    """Why a file with records is not opened, in a folder; of a pipe, it would wait for ever."""
     if path.is_symlink():
-        raise UserError(f"{path}: is a symbolic link. Name the file that it leads to as a source of its own.")
-    if not path.is_file():  # a pipe would wait for ever
-        raise UserError(f"{path}: is no regular file, though it is named like one. Rename it or take it away.")
+        return Rejected("link", f"{path.name}: is a link. Name the file that it leads to as a source of its own.")
+    return (
+        None
+        if path.is_file()
+        else Rejected("file type", f"{path.name}: is no regular file, though it is named like one")
+    )
+
+
+def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:
     size = path.stat().st_size
     if found == "jsonl" and path.suffix.lower() != ".gz":
         yield from _plan_jsonl(path, label)

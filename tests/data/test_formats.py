@@ -317,6 +317,20 @@ def test_files_with_records_stand_for_their_folder(tmp_path):
     assert texts(found(tree(tmp_path / "f", files))) == ["a", "picture"]
 
 
+def test_links_and_pipes_named_like_files_with_records_are_refused_by_name(tmp_path):
+    names = ("a.jsonl", "b.parquet", "c.tar", "d.jsonl.gz")
+    links: dict[str, Any] = {name: lambda path: path.symlink_to("x.jsonl") for name in names}
+    files = links | {
+        "e.tar": os.mkfifo,
+        "x.jsonl": lines({"text": "a"}),
+        "gone.jsonl": lambda path: path.symlink_to("-"),
+    }
+    folder = tree(tmp_path / "f", files | {"y.tar": lambda path: path.symlink_to(tmp_path)})
+    records = found(folder)
+    assert texts(records) == ["[link]"] * 4 + ["[file type]", "[link]", "a", "[link]"]
+    assert [record.where for record in records[:2]] == ["f/a.jsonl", "f/b.parquet"]
+
+
 def test_files_beside_those_with_records_are_counted(tmp_path):
     alone = tree(tmp_path / "f", {"a.txt": b"a", "b/c.png": b"c"})
     mixed = tree(tmp_path / "g", {"a.jsonl": b"", "a.txt": b"a", "b/c.png": b"c", ".hidden": b""})
@@ -324,14 +338,14 @@ def test_files_beside_those_with_records_are_counted(tmp_path):
 
 
 def test_sources_that_cannot_be_read_are_errors(tmp_path):
-    tree(tmp_path, {"a.jsonl": b"", "b/a.jsonl": b"", "c.txt": b"", "d/x.jsonl": os.mkfifo, "e/x.jsonl": b""})
-    (tmp_path / "e" / "y.jsonl").symlink_to("x.jsonl")
+    tree(tmp_path, {"a.jsonl": b"", "b/a.jsonl": b"", "c.txt": b"", "d.jsonl": os.mkfifo})
+    (tmp_path / "e.jsonl").symlink_to("a.jsonl")
     for sources, expected in (
         (["missing.jsonl"], "there is no such file or folder"),
         (["c.txt"], "found no known format"),
         (["a.jsonl", "b/a.jsonl"], "is named like"),
-        (["d"], "is no regular file"),
-        (["e"], "is a symbolic link"),
+        (["d.jsonl"], "there is no such file or folder"),
+        (["e.jsonl"], "is a symbolic link"),
     ):
         with pytest.raises(UserError, match=expected):
             formats.plan([tmp_path / source for source in sources])
