@@ -92,7 +92,7 @@ class Study:
         for seed in self.seeds:
             done = self.runs / f"targets-{seed}.done"
             if not done.exists():
-                words = self.options(seed, self.steps, {"distill.draws": DRAWS})
+                words = self.options(seed, self.steps, {})
                 self.drover(f"targets of seed {seed}", "teach", "--out", str(self.cache), *words)
                 done.touch()
 
@@ -192,14 +192,14 @@ def main() -> None:
     options = parser.parse_args()
     study = Study(options.runs, options.steps, options.seeds)
     study.train_teacher()
-    online = study.arm("online", {})
+    online = study.arm("online", {"distill.draws": 0})
     alone: Options = {"distill": None}
     controls = {rate: study.arm(f"alone-{rate:g}", alone | {"optimizer.peak_lr": rate}) for rate in LEARNING_RATES}
     best = min(controls, key=lambda rate: mean(s.text + s.scenes for s in controls[rate].values()))
     control, cost = controls[best], study.cost()
     longer = study.arm("longer", alone | {"optimizer.peak_lr": best}, round(cost * study.steps))
     study.teach()
-    cached = study.arm("cached", {"distill.draws": DRAWS, "distill.source": "cache", "distill.cache": study.cache})
+    cached = study.arm("cached", {"distill.source": "cache", "distill.cache": study.cache})
 
     for rate, arm in controls.items():
         text, scenes = (mean(getattr(s, field) for s in arm.values()) for field in ("text", "scenes"))

@@ -5,9 +5,10 @@
 
 Or the teacher speaks once, and is remembered:
 
-    drover teach --config configs/tiny_distill.py --out runs/targets --config.distill.draws=12
-    drover train --config configs/tiny_distill.py --config.distill.draws=12 \\
-        --config.distill.source=cache --config.distill.cache=runs/targets
+    drover teach --config configs/tiny_distill.py --out runs/targets
+    drover train --config configs/tiny_distill.py --config.distill.source=cache --config.distill.cache=runs/targets
+
+Of each token the student learns 12 draws; --config.distill.draws=0 gives it the whole distribution of a teacher beside it.
 """
 
 from dataclasses import replace
@@ -40,7 +41,11 @@ def get_config() -> ConfigDict:
             data=DATA,
             # At first the teacher shows more than the next token does; in the end the truth is sharper than the teacher.
             distill=DistillConfig(
-                teacher="runs/tiny_behemoth", teacher_dtype="float32", soft_weight=0.8, final_soft_weight=0.0
+                teacher="runs/tiny_behemoth",
+                teacher_dtype="float32",
+                draws=12,
+                soft_weight=0.8,
+                final_soft_weight=0.0,
             ),
             optimizer=OptimizerConfig(peak_lr=8e-3, warmup_steps=40),
             checkpoint=CheckpointConfig(every_steps=200),

@@ -128,18 +128,21 @@ class Dataset:
     def _cost(self, row: list[tuple[int, int, int]]) -> float:
         return row_cost((self._sources[source].sizes[item].tolist() for source, item, _ in row), self._room)
 
-    def repeated(self, stop: int) -> Iterator[np.ndarray]:
-        """For each of the batches 0 to stop - 1: bool, which of its segments, by row and place, stood in a batch or a row
+    def repeated(self, stop: int) -> Iterator[list[np.ndarray]]:
+        """For each of the batches 0 to stop - 1 and each of its rows: bool, which of its segments stood in a batch or a row
         before. Nothing is read; of documents of the same words, and of images changed at random, each counts as another.
         """
         met = [np.zeros(len(source), bool) for source in self._sources]
         for n in range(stop):
-            repeated = []
-            for source, item, _ in (placed for row in self.rows(n) for placed in row):
-                of = self._sources[source]
-                repeated.append(met[source][item])
-                met[source][item] = not (of.augment and of.sizes[item, 1])
-            yield np.array(repeated, bool)
+            batch = []
+            for row in self.rows(n):
+                repeated = []
+                for source, item, _ in row:
+                    of = self._sources[source]
+                    repeated.append(met[source][item])
+                    met[source][item] = not (of.augment and of.sizes[item, 1])
+                batch.append(np.array(repeated, bool))
+            yield batch
 
     def position(self, n: int) -> Position:
         """From which rows of batch n and later ones are found at once."""

@@ -1,9 +1,10 @@
 """The commands: their flags, and what each runs. Heavy imports stand inside the functions that need them."""
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +57,20 @@ def _add_train(subparsers: Any) -> tuple[str, Command]:
     train.flag(
         "--allow-config-change", action="store_true", help="go on although the run was started with another config"
     )
-    train.flag("--processes", type=int, metavar="N", help="start so many processes on this machine, one device each")
-    train.flag("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not find it out by itself")
-    train.flag(
+    _add_process_flags(train)
+    return "train", train
+
+
+def _add_process_flags(command: Command) -> None:
+    command.flag("--processes", type=int, metavar="N", help="start so many processes on this machine, one device each")
+    command.flag("--coordinator", metavar="HOST:PORT", help="of process 0, where JAX does not find it out by itself")
+    command.flag(
         "--num-processes", type=int, metavar="N", help="processes in all, started by you; with --coordinator, or 1"
     )
-    train.flag("--process-id", type=int, metavar="I", help="number of this one, from 0; with --coordinator")
-    train.flag("--peer-timeout", metavar="SECONDS", help="end when another process is silent for so long (default: 60)")
-    return "train", train
+    command.flag("--process-id", type=int, metavar="I", help="number of this one, from 0; with --coordinator")
+    command.flag(
+        "--peer-timeout", metavar="SECONDS", help="end when another process is silent for so long (default: 60)"
+    )
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -72,17 +79,30 @@ def _train(arguments: argparse.Namespace) -> None:
     run = load_run(arguments.config, arguments.overrides)
     # Kept in the arguments: a crash leaves its traceback there.
     arguments.workdir = arguments.workdir or Path("runs") / run.name
+    reached = _joined(arguments)
+    from trainer.loop import train
+
+    with _leaving(arguments):
+        train(run, arguments.workdir, allow_config_change=arguments.allow_config_change, reached=reached)
+
+
+def _joined(arguments: argparse.Namespace) -> Callable[[int], None]:
+    """Starts what the process needs, and finds the others; returns what tells them how far this one is. With `--processes`
+    it starts them instead, and does not return."""
     if arguments.processes is not None:
         if arguments.processes < 1:
             raise UserError(f"--processes: found {arguments.processes}, expected 1 or more")
         sys.exit(processes.start_local(arguments.processes, processes.again(sys.argv[1:])))
     environment.prepare(arguments.traceback)
     arguments.watch = processes.join(arguments)
-    reached = arguments.watch.reached if arguments.watch else lambda step: None
-    from trainer.loop import train
+    return arguments.watch.reached if arguments.watch else lambda step: None
 
+
+@contextlib.contextmanager
+def _leaving(arguments: argparse.Namespace) -> Iterator[None]:
+    """Tells the other processes that this one has done its part, unless it fails."""
     try:
-        train(run, arguments.workdir, allow_config_change=arguments.allow_config_change, reached=reached)
+        yield
     except SystemExit:
         _leave(arguments)
         raise
@@ -98,7 +118,7 @@ def _add_teach(subparsers: Any) -> tuple[str, Command]:
     teach = subparsers.add_parser(
         "teach",
         run=_teach,
-        usage="drover teach --config FILE --out CACHE [--part I/N] [--config.NAME=VALUE ...]",
+        usage="drover teach --config FILE --out CACHE [--part I/N] [--processes N] [--config.NAME=VALUE ...]",
         help="let the teacher of a run say once what students learn from it, and keep that",
         description="Runs the teacher (distill.teacher) over the batches of a student's run and keeps its targets: "
         "distill.draws of each token. Students read them with --config.distill.source=cache --config.distill.cache=CACHE. "
@@ -113,6 +133,7 @@ def _add_teach(subparsers: Any) -> tuple[str, Command]:
         metavar="I/N",
         help="the Ith of N shares of the work, which N commands do (default: 1/1)",
     )
+    _add_process_flags(teach)
     return "teach", teach
 
 
@@ -123,10 +144,11 @@ def _teach(arguments: argparse.Namespace) -> None:
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise UserError(f"--part: found {arguments.part}, expected I/N with I from 1 to N, such as 1/4")
     run = load_run(arguments.config, arguments.overrides)
-    environment.prepare(arguments.traceback)
+    reached = _joined(arguments)
     from trainer.teach import teach
 
-    teach(run, arguments.out, int(part) - 1, int(parts))
+    with _leaving(arguments):
+        teach(run, arguments.out, int(part) - 1, int(parts), reached=reached)
 
 
 def _add_config(subparsers: Any) -> tuple[str, Command]:

@@ -11,6 +11,9 @@ from sharding.config import MeshConfig
 
 Problem = tuple[str, str]
 
+MOST_IDS = 2**16 - 1
+"""Draws, or likeliest ids, of a token: as many as a record of targets counts (`data/target_records.py`)."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -132,6 +135,11 @@ class DistillConfig:
     def problems(self) -> Iterator[Problem]:
         if not self.teacher and self.source != "cache":
             yield "teacher", "found nothing, expected a run directory, a checkpoint or a Hugging Face directory"
+        if self.source != "cache" and self.cache:
+            yield (
+                "cache",
+                f"found {self.cache!r} with source={self.source!r}, which reads none; expected source='cache', or nothing",
+            )
         if self.source == "cache":
             if not self.cache:
                 yield "cache", "found nothing, expected a folder that `drover teach` wrote, with source='cache'"
@@ -149,8 +157,14 @@ class DistillConfig:
                     "found 0, as top_k is; expected 1 or more of one of them: from devices of its own the teacher would have "
                     "to send the whole distribution of every token to the student's",
                 )
-        if self.source == "mesh" and self.teacher_mesh is not None:
-            yield "teacher_mesh", "found sizes, expected None: with source='mesh' the teacher is on the student's mesh"
+        if self.source != "devices" and self.teacher_mesh is not None:
+            yield (
+                "teacher_mesh",
+                f"found sizes, expected None: with source={self.source!r} no teacher has devices of its own",
+            )
+        for name in ("draws", "top_k"):
+            if getattr(self, name) > MOST_IDS:
+                yield name, f"found {getattr(self, name)}, expected {MOST_IDS} or less, as many as a record counts"
         if self.draws and self.top_k:
             yield "top_k", f"found {self.top_k} beside draws={self.draws}, expected one of them to be 0"
         if self.sparse and self.divergence != "forward":

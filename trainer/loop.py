@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,12 +45,20 @@ from trainer.rollout import Rollout
 from trainer.rundir import RunDirectory, read_json, write_json
 from trainer.runtime import configure_jax
 from trainer.sections import to_plain
-from trainer.signals import StopRequest
+from trainer.signals import TERMINATED, StopRequest
 from trainer.step import Skeleton, Teacher, TrainState, make_eval_step, make_train_step
-from trainer.targets import OUTCOME, OUTCOMES, CachedSource, DrawKeys, abstract_batch, header_of, outcomes
-from trainer.teacher import load_teacher
+from trainer.targets import (
+    OUTCOME,
+    OUTCOMES,
+    CachedSource,
+    DrawKeys,
+    abstract_batch,
+    header_of,
+    outcomes,
+    teacher_digest,
+)
+from trainer.teacher import check_same_teacher, load_teacher
 
-TERMINATED = 128 + signal.SIGTERM
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
 
 
@@ -80,7 +87,7 @@ def train(
             directory.check_config(run, allow_config_change)
         if finished(run, directory):
             return
-        with Run(run, directory, stop, started) as job:
+        with Run(run, directory, stop, started, other_teacher=allow_config_change) as job:
             job.loop(reached)
             job.finish()
 
@@ -114,8 +121,12 @@ class Pending:
 class Run:
     """What the phases of a run share. Entering it opens files, processes and threads; leaving it closes them."""
 
-    def __init__(self, run: RunConfig, directory: RunDirectory, stop: StopRequest, started: float):
+    def __init__(
+        self, run: RunConfig, directory: RunDirectory, stop: StopRequest, started: float, *, other_teacher: bool = False
+    ):
+        """`other_teacher`: go on although the steps before were learned from another teacher."""
         self.run, self.directory, self.stop, self.started = run, directory, stop, started
+        self.other_teacher = other_teacher
         self.saving: int | None = None
         self.cached: CachedSource | None = None
         self.rollout: Rollout | None = None
@@ -164,10 +175,14 @@ class Run:
         self.state, origin = initialise(
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
+        self.teacher_digest = teacher_digest(run, self.cached)
+        if not self.other_teacher:
+            check_same_teacher(run, self.checkpoints.directory / str(start), saved.get("teacher"), self.teacher_digest)
         self._load_teacher(state_shapes)
-        cache = self.cached and self.cached.header.digest.hex()
+        taught_by = self.teacher_digest, self.cached and self.cached.header.digest.hex()
         check_same(
-            "config, data, tokenizer or cache of targets", f"{to_plain(run)} {self._data_facts()} {start} {cache}"
+            "config, data, tokenizer, teacher or cache of targets",
+            f"{to_plain(run)} {self._data_facts()} {start} {taught_by}",
         )
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
@@ -429,6 +444,7 @@ class Run:
             "journal": self.journal,
             "looked_up": dict(self.looked_up),
             "tokenizer_digest": self.dataset.tokenizer.digest,
+            "teacher": self.teacher_digest,
         } | self._data_facts()
 
     def _data_facts(self) -> dict[str, Any]:

@@ -34,10 +34,11 @@ def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def work_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
+def work_bar(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Shows how many pieces of work are done and the time that is left; yields what is to be called after each, with what
-    there is to say. Without a terminal, a line from time to time, with the time that is left at the pace since the last."""
-    console = Console(stderr=True)
+    there is to say. Without a terminal, a line from time to time, with the time that is left at the pace since the last.
+    `quiet`: shows nothing, another process does."""
+    console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)

@@ -12,6 +12,9 @@ ONE_SECONDS = 2.0
 """The same signal again within this time is the first one: of `kill -PGID` and of systemd, a process of `--processes` hears
 itself and again from the one that started it."""
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a process that another one's signal has stopped."""
+
 
 class StopRequest:
     """What the loop looks at between steps.

@@ -1,37 +1,49 @@
 """A teacher runs once over the batches of a student's run, and leaves what it says in a cache."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from data.pipeline import Batch, build_dataset
+from data.pipeline import Batch, Dataset, build_dataset
+from data.target_cache import Header
+from data.target_index import Progress
 from data.target_records import LARGEST
 from data.target_records import Targets as Record
 from data.target_writer import SHARD_BYTES, TargetWriter
 from model.sampled_targets import Targets
 from sharding.config import written
 from sharding.errors import UserError
+from sharding.mesh import DeviceMesh
 from trainer.asked import Asked
 from trainer.config import DistillConfig, RunConfig
 from trainer.fingerprint import fingerprint
 from trainer.placement import place_run
+from trainer.processes import anyone_says, check_same, is_leader, sum_of_all, wait_for_all
 from trainer.progress import prepare_bar, work_bar
 from trainer.runtime import configure_jax
-from trainer.signals import StopRequest
+from trainer.signals import TERMINATED, StopRequest
+from trainer.step import Teacher
 from trainer.targets import DrawKeys, header_of
 from trainer.teacher import identity, load_teacher
 
 
-def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
+def teach(
+    run: RunConfig, folder: Path, part: int = 0, parts: int = 1, *, reached: Callable[[int], None] = lambda batch: None
+) -> None:
     """Writes the targets of every segment of the run's batches; what the folder has already is not done again.
 
     Part i of n takes the batches i, i + n, ..., and of these the segments that no earlier batch of the run has; so parts
-    may run at the same time, on one machine or on many, and do nothing twice.
+    may run at the same time, on one machine or on many, and do nothing twice. The processes of a part, which have the
+    teacher together, write the segments of their own rows each.
+
+    `reached` is called with the number of every batch that the teacher is asked about, from 1.
 
     Raises:
-        UserError: the run has no teacher or no sparse targets; see `load_teacher` and `TargetWriter`.
+        UserError: the run has no teacher or no sparse targets; rows are shared by processes; see `load_teacher` and
+            `TargetWriter`.
         SystemExit: 128 + signal, after a signal; what was done by then counts.
     """
     distill = run.distill
@@ -43,6 +55,7 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
         )
     configure_jax(run, len(jax.devices()))
     mesh = place_run(run, jax.devices())
+    rows = _own_rows(run, mesh)
     with prepare_bar("preparing built-in data") as tell:
         dataset = build_dataset(run.data, run.media, "train", tell=tell)
     digest = dataset.tokenizer.digest
@@ -50,42 +63,101 @@ def teach(run: RunConfig, folder: Path, part: int = 0, parts: int = 1) -> None:
     weights = taught.teacher.params, taught.teacher.router_bias
     known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(weights, mesh)}
     header = header_of(run, distill, digest, known)
-    keyed, asked = DrawKeys(header), Asked(run, distill, taught.teacher)
-    mine = range(part, run.steps, parts)
-    began = counted = time.monotonic()
-    with StopRequest().listening() as stop, TargetWriter(folder, header, part, parts, SHARD_BYTES) as writer:
-        print(
-            f"teacher {taught.origin}, mesh {written(mesh.sizes)}: batches {mine.start} to {run.steps - 1} of {run.name}"
-        )
-        with work_bar("teaching", len(mine)) as advance:
+    check_same("teacher, data or recipe", str(header))
+    asked = _Asked(run, distill, taught.teacher, header, mesh, reached)
+    mine, leader = range(part, run.steps, parts), is_leader()
+    process, processes, stopping = jax.process_index(), jax.process_count(), False
+    with (
+        StopRequest(quiet=not leader).listening() as stop,
+        TargetWriter(folder, header, part * processes + process, parts * processes, SHARD_BYTES) as writer,
+    ):
+        if leader:
+            print(
+                f"teacher {taught.origin}, mesh {written(mesh.sizes)}: batches {mine.start} to {run.steps - 1} of {run.name}"
+            )
+        with work_bar("teaching", len(mine), quiet=not leader) as advance:
             for n, repeated in enumerate(dataset.repeated(run.steps)):
                 if n not in mine:
                     continue
-                batch = dataset.batch(n)
-                segments = keyed.segments(batch)
-                left = ~(repeated | writer.done([segment.digest for segment in segments]))
-                if left.any():
+                if not all(of_row.all() for of_row in repeated):
                     stop.nothing_to_save = False
-                    targets = asked.fetch(asked(asked.put(keyed(batch, segments))))
-                    _check_kept(distill, n, batch, targets)
-                    chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
-                    records = [_record(distill, batch, targets, *segment[:3]) for segment in chosen]
-                    now = time.monotonic()
-                    writer.add([segment.digest for segment in chosen], records, (now - counted) * mesh.count)
-                    counted = now
-                seconds, done = time.monotonic() - began, writer.written
-                advance(f"{done.tokens / seconds:,.0f} tokens/s, {done.bytes_per_token:.1f} bytes/token")
-                if stop.requested.is_set():
+                    asked.about(n, dataset, rows, np.concatenate([repeated[row] for row in rows]), writer)
+                done = writer.written
+                speed = processes * done.tokens / max(asked.seconds, 1e-9)
+                advance(f"{speed:,.0f} tokens/s, {done.bytes_per_token:.1f} bytes/token")
+                if stopping := anyone_says(stop.requested.is_set()):
                     break
         writer.finish_shard()
-        whole = writer.progress()
-        print(
-            f"{folder}: {whole.records:,} segments, {whole.tokens:,} tokens, {whole.bytes:,} bytes, "
-            f"{whole.bytes_per_token:.1f} a token; {writer.written.tokens:,} tokens of them now"
+        now = Progress(*sum_of_all(writer.written))
+        whole = Progress(*(found + new for found, new in zip(writer.found, now, strict=True)))
+        if leader:
+            print(
+                f"{folder}: {whole.records:,} segments, {whole.tokens:,} tokens, {whole.bytes:,} bytes, "
+                f"{whole.bytes_per_token:.1f} a token; {now.tokens:,} tokens of them now"
+            )
+        if stopping:
+            if leader:
+                print(f"{stop.signal_name or 'another process was told to stop'}: the same command goes on from here.")
+            raise SystemExit(stop.exit_code or TERMINATED)
+
+
+def _own_rows(run: RunConfig, mesh: DeviceMesh) -> np.ndarray:
+    """The rows of a batch that this process asks about.
+
+    Raises:
+        UserError: others have them as well.
+    """
+    rows, processes = np.sort(mesh.share(run.data.batch_size, run.optimizer.accumulate)), jax.process_count()
+    if len(rows) * processes > run.data.batch_size:
+        raise UserError(
+            f"mesh: found {written(mesh.sizes)} on {processes} processes, several of which have a part of one row; expected "
+            "rows of its own for each. Let tensor and context be at most the devices of a process, and give the rest to "
+            "expert or fsdp."
         )
-        if stop.requested.is_set():
-            print(f"{stop.signal_name}: the same command goes on from here.")
-            raise SystemExit(stop.exit_code)
+    return rows
+
+
+class _Asked:
+    """The teacher, and how long it took."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        distill: DistillConfig,
+        teacher: Teacher,
+        header: Header,
+        mesh: DeviceMesh,
+        reached: Callable[[int], None],
+    ):
+        self.seconds = 0.0
+        self._distill, self._devices, self._reached = distill, mesh.count / jax.process_count(), reached
+        self._keyed, self._asked, self._compiled = DrawKeys(header), Asked(run, distill, teacher), False
+
+    def about(self, n: int, dataset: Dataset, rows: np.ndarray, repeated: np.ndarray, writer: TargetWriter) -> None:
+        """Writes what it says of these rows of batch n, but for segments that are `repeated` or that the folder has."""
+        began = time.monotonic()
+        try:
+            batch = dataset.batch(n, rows.tolist())
+            segments = self._keyed.segments(batch)
+            left = ~(repeated | writer.done([segment.digest for segment in segments]))
+            if not anyone_says(bool(left.any())):
+                return
+            placed = self._asked.put(self._keyed(batch, segments))
+            if not self._compiled:
+                self._asked.compile(placed)
+                wait_for_all("compiled")
+                self._compiled = True
+            self._reached(n + 1)
+            targets = self._asked.fetch(self._asked(placed))
+            _check_kept(self._distill, n, batch, targets)
+        except UserError:
+            writer.finish_shard()  # what it said of the batches before stays
+            raise
+        chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
+        records = [_record(self._distill, batch, targets, *segment[:3]) for segment in chosen]
+        seconds = time.monotonic() - began
+        writer.add([segment.digest for segment in chosen], records, seconds * self._devices)
+        self.seconds += seconds
 
 
 def _check_kept(distill: DistillConfig, n: int, batch: Batch, targets: Targets) -> None:

@@ -65,6 +65,19 @@ def identity(path: Path) -> dict[str, str]:
     return {"name": f"{folder.parent.name}, step {step}", "digest": digest.hexdigest()}
 
 
+def check_same_teacher(run: RunConfig, checkpoint: Path, saved: str | None, found: str | None) -> None:
+    """Refuses to go on from a checkpoint that learned from another teacher (`identity`), where both are known."""
+    if saved and found and saved != found:
+        assert run.distill
+        option = "cache" if run.distill.source == "cache" else "teacher"
+        raise UserError(
+            f"distill.{option}: found {getattr(run.distill, option)!r}, whose teacher has the digest {found}; expected {saved}, "
+            f"from which checkpoint {checkpoint} learned. A run directory stands for its newest checkpoint, which may have come "
+            "since: name the one of then (distill.teacher=RUN/checkpoints/STEP), or give --allow-config-change to go on with "
+            "this one."
+        )
+
+
 def _samples(tensor: FileTensor) -> bytes:
     """Pieces of a tensor's bytes from its first to its last; of a small one, all."""
     with tensor.path.open("rb") as file:
@@ -163,6 +176,11 @@ def teacher_skeleton(
         UserError: it cannot read the student's batches, or cannot be kept so on the mesh.
     """
     problems = list(differences(run.model, model))
+    if distill.sparse and model.temperature_from == "row":
+        problems.append(
+            "model.temperature_from is 'row' in the teacher, so what it says of a segment depends on where in a row that "
+            "stands; draws and top_k are of segments wherever they stand"
+        )
     storage = Storage(int8=distill.teacher_dtype == "int8", host=distill.teacher_memory == "host")
     dtype = "bfloat16" if storage.int8 else distill.teacher_dtype
     model = dataclasses.replace(

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.sharding.sameness import CASES, DEVICES, LENGTH, ROWS, placed
 from tests.trainer.processes import finish, metrics, start
 from tests.trainer.saved_run import micro, nano, save_run
 from trainer import memory
+from trainer.checkpoint import Checkpoints
 from trainer.config import DistillConfig, InitConfig, RunConfig
 from trainer.distillation import CachedTargets, distillation_objective, soft_weight
 from trainer.initialise import abstract_state
@@ -40,7 +42,7 @@ from trainer.objective import SAMPLED, extras_for, next_token_objective, without
 from trainer.objective import metrics as metrics_of
 from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton, Teacher, loss_and_gradient
-from trainer.teacher import load_teacher
+from trainer.teacher import identity, load_teacher
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
 STUDENT = dataclasses.replace(TINY, num_layers=2, moe_layer_step=2, nope_layer_step=2, vision=VISION, **FLOAT64)
@@ -301,9 +303,35 @@ def test_a_run_that_goes_on_from_a_checkpoint_begins_where_that_teacher_is(
     assert abs(first) < 1e-5 and later[-1] > 1e-4  # the target that is given moves it away
 
 
-def load(run: RunConfig, teacher: Path, tokenizer: str, mesh: DeviceMesh | None = None) -> Any:
+def test_a_run_does_not_go_on_with_another_teacher_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    run = nano(distill=DistillConfig(teacher=str(teacher), teacher_dtype="float32"))
+    save_run(teacher, run)
+    train(run, student)
+    digest = Checkpoints(student / "checkpoints").metadata(run.steps)["teacher"]
+    assert digest == identity(teacher)["digest"]
+    (student / "evaluation.json").unlink()
+    shutil.rmtree(teacher)
+    save_run(teacher, dataclasses.replace(run, seed=5))
+    with pytest.raises(
+        UserError, match=rf"distill.teacher: found .*expected {digest}, from which checkpoint .*/{run.steps} learned"
+    ):
+        train(run, student)
+    train(run, student, allow_config_change=True)
+
+
+def test_targets_of_segments_are_not_asked_of_a_teacher_to_whom_the_place_in_the_row_matters(tmp_path: Path) -> None:
+    save_run(tmp_path, micro(temperature_from="row"))
+    digest = json.loads((tmp_path / "checkpoints/0/run/metadata").read_text())["tokenizer_digest"]
+    load(micro(), tmp_path, digest)
+    with pytest.raises(UserError, match=r"model.temperature_from is 'row' in the teacher"):
+        load(micro(), tmp_path, digest, draws=4)
+
+
+def load(run: RunConfig, teacher: Path, tokenizer: str, mesh: DeviceMesh | None = None, draws: int = 0) -> Any:
     mesh = mesh or DeviceMesh.alone()
-    distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32")
+    distill = DistillConfig(teacher=str(teacher), teacher_dtype="float32", draws=draws)
     return load_teacher(run, distill, mesh, abstract_state(run, Skeleton(run.model, mesh)), tokenizer)
 
 
@@ -367,6 +395,8 @@ def test_a_teacher_that_does_not_fit_beside_the_student_is_refused(
     ({"proposal": 1.5, "draws": 4}, "distill.proposal: found 1.5, expected 0.1 to 1"),
     ({"proposal": 0.0, "draws": 4}, "distill.proposal: found 0.0, expected 0.1 to 1"),
     ({"source": "cache", "draws": 4}, "distill.cache: found nothing"),
+    ({"cache": "c"}, "distill.cache: found 'c' with source='mesh', which reads none"),
+    ({"draws": 65_536}, "distill.draws: found 65536, expected 65535 or less"),
     ({"source": "cache", "cache": "c"}, "distill.draws: found 0, as top_k is"),
     ({"temperature": 0.0}, "distill.temperature: found 0, expected more than 0"),
     ({"soft_weight": 1.5}, "distill.soft_weight: found 1.5, expected 0 to 1"),

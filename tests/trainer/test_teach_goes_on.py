@@ -41,6 +41,9 @@ class Answers:
     def put(self, batch: Batch) -> Batch:
         return batch
 
+    def compile(self, batch: Batch) -> None:
+        pass
+
     def __call__(self, batch: Batch) -> Targets:
         first = batch[KEYS][..., 0] % (self._vocabulary - 1)
         ids = np.stack([first, first + 1], axis=-1).astype(np.int32)
