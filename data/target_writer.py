@@ -23,7 +23,11 @@ from data.target_records import Targets, encode
 from sharding.errors import UserError
 
 SHARD_BYTES = 32 * 2**20
-"""Of the records of a shard at most: what a killed process loses."""
+"""Of the records of a shard at most, until `SHARE` allows more: what a killed process loses."""
+SHARE = 64
+"""A shard may have one part in so many of what its process has finished before: so a kill costs no larger part of the time, and
+a cache of terabytes has some thousands of shards."""
+LARGEST_SHARD = 2**30
 _SHARD_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -32,7 +36,7 @@ class TargetWriter:
 
     Any number of processes may write at the same time, each with its own number. A process that is killed loses the shard
     that it is at; if the same segments come in the same order again, the files will be the same as if nothing had happened:
-    a shard ends by the bytes of its records alone.
+    a shard ends by the bytes of its records, and of those in the finished shards of the same part, alone.
 
     Attributes:
         found: what the folder held at the start, of all processes.
@@ -48,7 +52,8 @@ class TargetWriter:
             header: of the cache; must be the same in all processes, but for the teacher's name.
             process: number of this one.
             processes: how many write.
-            shard_bytes: a shard has records of this size at most, or one.
+            shard_bytes: a shard has records of this size at most, or of a `SHARE`th of all that this process's finished shards
+                have (up to `LARGEST_SHARD`), or one.
 
         Raises:
             UserError: the folder is the cache of something else, damaged, written by another process with this number, or
@@ -63,9 +68,11 @@ class TargetWriter:
             folder.mkdir(parents=True, exist_ok=True)
             self._cache = header.write(folder).digest
             self._remove_leftovers()
-            shards = [shard for _, shard in finished_shards(folder, self._cache)]
-        self._segments = Segments(shards)
-        self.found, self.written = Progress.of([shard.facts for shard in shards]), Progress(0, 0, 0)
+            shards = finished_shards(folder, self._cache)
+        self._segments = Segments([index for _, index in shards])
+        mine = [index.facts for path, index in shards if int(path.stem) % processes == process]
+        self._finished_bytes = Progress.of(mine).bytes
+        self.found, self.written = Progress.of([index.facts for _, index in shards]), Progress(0, 0, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -106,7 +113,8 @@ class TargetWriter:
 
     def _add(self, digest: bytes, targets: Targets, device_seconds: float) -> None:
         record = encode(digest, targets, self._form)
-        if self._shard is not None and self._shard.record_bytes + len(record) > self._shard_bytes:
+        room = max(self._shard_bytes, min(self._finished_bytes // SHARE, LARGEST_SHARD))
+        if self._shard is not None and self._shard.record_bytes + len(record) > room:
             self.finish_shard()
         with self._plainly():
             if self._shard is None:
@@ -119,7 +127,9 @@ class TargetWriter:
         """From here on, what was added counts. Called of itself where a shard is full, and at the end."""
         if self._shard is not None:
             with self._plainly():
-                self._segments.add(self._shard.finish(self._cache))
+                index = self._shard.finish(self._cache)
+            self._segments.add(index)
+            self._finished_bytes += index.facts.record_bytes
             self._shard = None
 
     def progress(self) -> Progress:

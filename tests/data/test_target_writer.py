@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import target_index
+from data import target_index, target_writer
 from data.target_cache import Header, TargetCache, describe
+from data.target_index import ShardIndex
 from data.target_writer import TargetWriter
 from sharding.errors import UserError
 from tests.data.target_work import DIGESTS, HEADER, SECONDS, SEGMENTS, SHARD_BYTES, digest, files, same, targets, write
@@ -75,10 +76,37 @@ def test_writers_killed_before_any_step_leave_the_same_bytes_in_the_end(whole, t
     assert files(tmp_path / "killed") == files(whole)
 
 
+def test_shards_grow_with_what_the_part_has_and_are_the_same_after_kills(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(target_writer, "SHARE", 4)
+    monkeypatch.setattr(target_writer, "LARGEST_SHARD", 2500)
+    with TargetWriter(tmp_path / "other part", HEADER, 1, 2, 1000) as writer:
+        writer.add([digest(1000 + i) for i in range(200)], [targets(1000 + i) for i in range(200)])
+    for name in ("whole", "killed"):
+        shutil.copytree(tmp_path / "other part", tmp_path / name)
+
+    def write_all(folder: Path, killed_after: int = SEGMENTS + 1) -> None:
+        with TargetWriter(folder, HEADER, 0, 2, 1000) as writer:
+            for i in range(SEGMENTS):
+                killed_after -= writer.add([digest(i)], [targets(i)])[0]
+                if not killed_after:
+                    raise KeyboardInterrupt
+
+    write_all(tmp_path / "whole")
+    for killed_after in (3, 20, 7, 33, 30):
+        with pytest.raises(KeyboardInterrupt):
+            write_all(tmp_path / "killed", killed_after)
+    write_all(tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    indexes = [ShardIndex.open(path) for path in sorted((tmp_path / "whole").glob("*[02468].index"))]
+    sizes = np.array([index.facts.record_bytes for index in indexes])
+    allowed = np.clip((np.cumsum(sizes) - sizes) // 4, 1000, 2500)
+    assert (sizes <= allowed).all() and (sizes[:-1] > allowed[:-1] - 1000).all() and max(allowed) == 2500
+
+
 def test_several_writers_killed_at_any_moment_lose_and_double_nothing(tmp_path) -> None:
     rng = np.random.default_rng(5)
     for processes in (3, 2, 3):
-        running = [started(tmp_path, i, processes, 0.02) for i in range(processes)]
+        running = [started(tmp_path, i, processes, 0.1) for i in range(processes)]
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("*.array_record")) and time.monotonic() < deadline:
             time.sleep(0.01)
