@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 from rich.text import Text
@@ -100,7 +101,14 @@ def plan_run(run: RunConfig, devices: int, teacher: ModelConfig | None = None) -
         "room": [{"name": device.name, "bytes": device.memory_bytes - sum(parts.values())} for device in DEVICES],
         "flops": _flops(run, teacher),
         "cache": _cache(run, distill, mesh) if distill and distill.source == "cache" else None,
+        "rollout_bytes": _rollout_bytes(run) if distill and distill.on_policy else 0,
     }
+
+
+def _rollout_bytes(run: RunConfig) -> int:
+    """Keys and values of a batch, of all devices together, while the student writes."""
+    model, data = run.model, run.data
+    return data.batch_size * model.cache_bytes(data.sequence_length, jnp.dtype(model.dtype).itemsize)
 
 
 def _of_the_teacher(run: RunConfig, taught: Teacher) -> dict[str, int]:
@@ -251,6 +259,12 @@ def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     where = ", on a device of the student's" if plan["teacher_devices"] else ""
     yield f"Room for activations, which come on top, and for what the compiler gathers ahead{where}: {room}. Powers of 1000."
+    if plan["rollout_bytes"]:
+        kept = compact(plan["rollout_bytes"], "B")
+        yield (
+            f"Not traced: the batches that the student writes itself (distill.on_policy). They take {kept} of keys and values, "
+            "of all devices together if the compiler splits them, and as many steps of decoding as a row has tokens."
+        )
     flops, cache = plan["flops"], plan["cache"]
     step = compact(flops["student_step"], "FLOP")
     yield f"A step of {flops['tokens']:,} tokens, rows full of text: {step} of the student, forward and backward."

@@ -71,10 +71,10 @@ def check_same_teacher(run: RunConfig, checkpoint: Path, saved: str | None, foun
         assert run.distill
         option = "cache" if run.distill.source == "cache" else "teacher"
         raise UserError(
-            f"distill.{option}: found {getattr(run.distill, option)!r}, whose teacher has the digest {found}; expected {saved}, "
-            f"from which checkpoint {checkpoint} learned. A run directory stands for its newest checkpoint, which may have come "
-            "since: name the one of then (distill.teacher=RUN/checkpoints/STEP), or give --allow-config-change to go on with "
-            "this one."
+            f"distill.{option}: found {getattr(run.distill, option)!r}, whose teacher has the digest {found}; expected "
+            f"{saved}, from which checkpoint {checkpoint} learned. A run directory stands for its newest checkpoint, which may "
+            "have come since: name the one of then (distill.teacher=RUN/checkpoints/STEP), or give --allow-config-change to go "
+            "on with this one."
         )
 
 

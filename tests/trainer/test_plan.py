@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import behemoth, maverick_distill
@@ -237,6 +238,22 @@ def test_the_teacher_is_the_one_that_is_there(tmp_path: Path, monkeypatch: pytes
     assert plan_run(run, 8)["bytes_per_device"]["teacher"] == tree_bytes(skeleton.abstract_weights)
     with pytest.raises(UserError, match=r"found 'nowhere', which does not exist\. To plan .* --teacher-config"):
         plan_run(small(source="mesh"), 8)
+
+
+def test_what_the_student_writes_itself_is_told_to_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    run = small(source="mesh", draws=0, on_policy=0.5)
+    found = plan_run(run, 8, teacher_of(run))
+    model, rows = run.model, run.data.batch_size
+    slots = sum(
+        min(model.chunk_size, run.data.sequence_length) if kind.rope else run.data.sequence_length
+        for kind in model.layer_kinds()
+    )
+    assert (
+        found["rollout_bytes"]
+        == rows * slots * 2 * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    )
+    show_plan(found)
+    assert "Not traced: the batches that the student writes itself" in " ".join(capsys.readouterr().out.split())
 
 
 def test_flops_are_those_of_full_rows(plans: dict[str, dict[str, Any]]) -> None:
