@@ -100,10 +100,11 @@ def _add_inspect(subparsers: Any) -> tuple[str, Command]:
         "data inspect",
         run=_inspect,
         usage="drover data inspect DIR [--config FILE [--config.NAME=VALUE ...]] [--json]",
-        help="count prepared data: documents, lengths, files, what was rejected",
-        description="Counts the documents of a prepared data set, their lengths, tokens, files and bytes.",
+        help="count prepared data, or a teacher's targets",
+        description="Counts the documents of a prepared data set, their lengths, tokens, files and bytes, and what was "
+        "rejected; or the segments, tokens and bytes of a cache of a teacher's targets, and tells how they were made.",
     )
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="made by drover data prepare")
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="made by drover data prepare or by drover teach")
     inspect.flag("--config", metavar="FILE[:ARG]", help="count also the tokens that this run's model makes of files")
     inspect.flag("--json", action="store_true", help="as JSON")
     return "data inspect", inspect
@@ -114,6 +115,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise UserError("overrides (--config.NAME=VALUE) go with --config FILE")
     from data.inspect import inspect_data, inspect_rows, render
 
+    if (arguments.folder / "header.json").exists():
+        if arguments.config:
+            raise UserError(f"--config: found with {arguments.folder}, a cache of targets; it goes with prepared data.")
+        from data.target_cache import describe
+
+        facts = describe(arguments.folder)
+        print(json.dumps(facts, indent=2) if arguments.json else render(facts, str(arguments.folder)))
+        return
     facts = inspect_data(arguments.folder)
     if arguments.config:
         from launch.config_file import load_run

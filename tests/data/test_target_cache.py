@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import time
@@ -20,6 +21,7 @@ from data.target_cache import NOTES, Header, Lack, TargetCache, describe
 from data.target_index import ShardIndex
 from data.target_records import Targets
 from data.target_writer import TargetWriter
+from launch.cli import main
 from sharding.errors import UserError
 from tests.data.target_work import DIGESTS, HEADER, SECONDS, SEGMENTS, SHARD_BYTES, digest, files, same, targets
 
@@ -103,6 +105,19 @@ def test_progress_and_description_count_what_is_there(whole, tmp_path) -> None:
         assert (writer.found.records, writer.written.records, writer.progress().records) == (5, 1, 6)
         assert writer.progress().tokens == sum(targets(i).tokens for i in range(6))
         assert writer.found.bytes_per_token == describe(tmp_path)["bytes of records"] / writer.found.tokens
+
+
+def test_data_inspect_prints_what_a_cache_holds(whole, capsys) -> None:
+    def said(*arguments: str) -> str:
+        assert main(["data", "inspect", str(whole), *arguments]) == (2 if "--config" in arguments else 0)
+        return "".join(capsys.readouterr())
+
+    assert json.loads(said("--json")) == describe(whole)
+    text = said()
+    assert text.startswith(f"{whole}\n") and re.search(rf"segments +{SEGMENTS}\n +repeated segments +0\n", text)
+    assert re.search(r"teacher\n +name +teacher\n +digest +abc\n", text)
+    assert re.search(r"recipe +draws 4  proposal 1  temperature 1  top_k 0\n", text)
+    assert "--config: found with" in said("--config", "configs/tiny.py")
 
 
 def test_the_cost_is_that_of_the_shards_that_tell_it(cache) -> None:
