@@ -100,10 +100,13 @@ class Study:
         """Trains one way over all seeds."""
         found = {}
         for seed in self.seeds:
-            workdir = self.runs / f"{name}-{seed}"
+            workdir, wanted = self.runs / f"{name}-{seed}", steps or self.steps
             if not (workdir / "evaluation.json").exists():
-                words = self.options(seed, steps or self.steps, others)
+                words = self.options(seed, wanted, others)
                 self.drover(f"{name}, seed {seed}", "train", "--workdir", str(workdir), *words)
+            done = json.loads((workdir / "evaluation.json").read_text())["step"]
+            if done != wanted:
+                raise SystemExit(f"{workdir}: found a run of {done} steps, expected {wanted}; give another --runs")
             found[seed] = Scores.of(workdir)
         return found
 
@@ -202,9 +205,10 @@ def main() -> None:
     cached = study.arm("cached", {"distill.source": "cache", "distill.cache": study.cache})
 
     for rate, arm in controls.items():
-        text, scenes = (mean(getattr(s, field) for s in arm.values()) for field in ("text", "scenes"))
+        columns = {field: [getattr(s, field) for s in arm.values()] for field in ("text", "scenes")}
+        text, scenes = (f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for values in columns.values())
         chosen = ", the control" if rate == best else ""
-        print(f"no teacher, learning rate {rate:g}: text {text:.3f}, pictures {scenes:.3f}{chosen}")
+        print(f"no teacher, learning rate {rate:g}: text {text}, pictures {scenes}{chosen}")
     taught = Scores.of(study.teacher)
     print(f"teacher: text {taught.text:.3f}, pictures {taught.scenes:.3f}, questions {100 * taught.right:.1f} %\n")
     print("| | tokens | compute | text, nats | pictures, nats | questions right, % |\n|---|---|---|---|---|---|")
