@@ -16,7 +16,7 @@ from typing import Any
 from data import builtin
 from data.documents import Document, Rejected, parse, with_files
 from data.files import MB, from_json, read_within, shown, too_large
-from data.groups import Stream, from_folder, from_tar, share_of, stem, unpacking
+from data.groups import UNREAD, Stream, from_folder, from_tar, share_of, stem, unpacking
 from data.units import Format, Found, Unit
 from sharding.errors import UserError
 
@@ -83,20 +83,22 @@ def format_of(name: str) -> Format | None:
     return next((found for ending, found in ENDINGS.items() if name.lower().endswith(ending)), None)
 
 
-def read(unit: Unit, most: int) -> Iterator[Found]:
-    """The documents of a unit with the bytes of their files, each of at most `most` bytes in all."""
+def read(unit: Unit, most: int, media: bool = True) -> Iterator[Found]:
+    """The documents of a unit with the bytes of their files, each of at most `most` bytes in all. Without `media`, files
+    are not read, and have `UNREAD` in place of their bytes."""
     if unit.format == "built in":
         yield from builtin.read(unit)
     elif unit.format != "files" and (rejected := _no_file(Path(unit.path))):
         yield Found(unit.label, rejected, 1.0)
     elif unit.format == "jsonl":
-        yield from _read_jsonl(unit, most)
+        yield from _read_jsonl(unit, most, media)
     elif unit.format == "parquet":
-        yield from _read_parquet(unit, most)
+        yield from _read_parquet(unit, most, media)
     else:
         path, label = Path(unit.path), unit.label
         tar = unit.format == "tar"
-        for group in from_tar(path, label, most) if tar else from_folder(path, unit.groups, label, most):
+        groups = from_tar(path, label, most, media) if tar else from_folder(path, unit.groups, label, most, media)
+        for group in groups:
             yield Found(f"{unit.label}/{group.name}", group.document, group.share)
 
 
@@ -189,7 +191,7 @@ def _plan_parquet(path: Path, label: str, size: int) -> Iterator[Unit]:
         row += group.num_rows
 
 
-def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
+def _read_jsonl(unit: Unit, most: int, media: bool) -> Iterator[Found]:
     path, number = Path(unit.path), unit.first
     with unpacking(path) as raw:
         file: Any = raw
@@ -218,7 +220,7 @@ def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
                 elif not line:
                     return
                 elif line.removeprefix(b"\xef\xbb\xbf").strip():
-                    yield found(_document(partial(from_json, line, "the line"), where, path, most))
+                    yield found(_document(partial(from_json, line, "the line"), where, path, most, media))
             except (OSError, EOFError, zlib.error) as error:
                 reason = f"the rest of the file cannot be read, from this line on ({error})"
                 yield Found(where, Rejected("damaged", reason), 1.0)
@@ -228,7 +230,7 @@ def _read_jsonl(unit: Unit, most: int) -> Iterator[Found]:
                 left -= taken
 
 
-def _read_parquet(unit: Unit, most: int) -> Iterator[Found]:
+def _read_parquet(unit: Unit, most: int, media: bool) -> Iterator[Found]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -241,7 +243,7 @@ def _read_parquet(unit: Unit, most: int) -> Iterator[Found]:
             for batch in file.iter_batches(batch_size=1, row_groups=groups):
                 where = f"{unit.label}:{row}"
                 share = (row + 1 - unit.first) / max(rows, 1)
-                yield Found(where, _document(partial(_row, batch, most), where, path, most), share)
+                yield Found(where, _document(partial(_row, batch, most), where, path, most, media), share)
                 row += 1
     except (ArrowException, OSError, ValueError) as error:  # of the names of its columns, too
         problem = error
@@ -268,12 +270,14 @@ def _row(batch: Any, most: int) -> Any:
         raise Rejected("schema", f"the row holds a value that cannot be read ({error})") from None
 
 
-def _document(record: Callable[[], Any], default_id: str, beside: Path, most: int) -> Document | Rejected:
+def _document(record: Callable[[], Any], default_id: str, beside: Path, most: int, media: bool) -> Document | Rejected:
     """The document of a record, with the bytes of its files, which lie in the folder of `beside`."""
     left = most
 
     def read_part(path: str) -> bytes:
         nonlocal left
+        if not media:
+            return UNREAD
         data = read_within(beside.parent, path, left)
         left -= len(data)
         return data

@@ -13,6 +13,8 @@ from data.documents import FORMS, MEDIA, Document, Rejected, parse, with_files
 from data.files import MB, decoded, from_json, kind_of, read_within, shown, too_large
 
 FILES_OF_A_DOCUMENT = 1000
+UNREAD = b"unread"
+"""In place of the bytes of an image, a video or a sound, where only texts are asked for."""
 _LONGEST_PATH = 4096
 _ASIDE_BYTES = 10_000
 _BLOCK = 4 * MB
@@ -62,18 +64,21 @@ def member_stem(name: str) -> tuple[str, str]:
     return folder, base.split(".", 1)[0]
 
 
-def from_folder(folder: Path, groups: Sequence[Sequence[str]], label: str, most: int) -> Iterator[Group]:
-    """The documents of these files, whose names are relative to the folder."""
+def from_folder(
+    folder: Path, groups: Sequence[Sequence[str]], label: str, most: int, media: bool = True
+) -> Iterator[Group]:
+    """The documents of these files, whose names are relative to the folder; without `media`, `UNREAD` in their place."""
 
     def reader(name: str) -> Reader:
-        return lambda left: read_within(folder, name, left)
+        return lambda left: read_within(folder, name, left) if media or kind_of(name) not in MEDIA else UNREAD
 
     for i, group in enumerate(groups, start=1):
         yield _group({name: reader(name) for name in group}, stem, label, most, i / len(groups))
 
 
-def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
-    """The documents of a tar file, of members that follow each other, as in WebDataset.
+def from_tar(path: Path, label: str, most: int, media: bool = True) -> Iterator[Group]:
+    """The documents of a tar file, of members that follow each other, as in WebDataset; without `media`, `UNREAD` in their
+    place.
 
     What cannot be read on is one rejected document.
     """
@@ -93,7 +98,7 @@ def from_tar(path: Path, label: str, most: int) -> Iterator[Group]:
                         yield _group(group, member_stem, label, most, share_of(raw, size))
                         group, left = {}, most
                     if len(group) <= FILES_OF_A_DOCUMENT:  # one more than there may be tells that there are too many
-                        data = _member(tar, member, left)
+                        data = _member(tar, member, left, media)
                         if member.name in group:
                             data = Rejected("duplicate file", f"{member.name}: is there twice")
                         left -= len(data) if isinstance(data, bytes) else 0
@@ -171,7 +176,7 @@ def _given(data: bytes | Rejected) -> Reader:
     return read
 
 
-def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, left: int) -> bytes | Rejected:
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, left: int, media: bool) -> bytes | Rejected:
     if member.issym() or member.islnk():
         return Rejected("link", f"{member.name}: is a link, expected a file")
     if not member.isreg() or member.sparse is not None:
@@ -180,6 +185,8 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, left: int) -> bytes |
         return Rejected("path", f"{member.name}: leaves the folder, expected a path below it")
     if member.size > left:
         return too_large(member.name, member.size, left)
+    if not media and kind_of(member.name) in MEDIA:
+        return UNREAD
     file = tar.extractfile(member)
     data = file.read() if file else b""
     if len(data) != member.size:
@@ -303,6 +310,8 @@ class Stream:
     def seek(self, offset: int) -> int:
         if offset < self._at:
             raise OSError("it refers to bytes before those that were read")
+        if not isinstance(self._file, gzip.GzipFile):
+            self._at = self._file.seek(offset)
         while self._at < offset and self.read(min(offset - self._at, _BLOCK)):
             pass
         return self._at

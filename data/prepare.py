@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -37,7 +38,7 @@ from data.filters import TRANSFORMS, load_classifier
 from data.index import FORMAT, Index, Part, write_json
 from data.prepare_unit import Progress, prepare_unit, start, token_dtype, use
 from data.shards import Shards
-from data.tokenizer import Tokenizer, load_bpe, load_bytes, load_file
+from data.tokenizer import SMALLEST_BPE, Tokenizer, load_bytes, load_file, train_bpe
 from data.units import Unit
 from sharding.errors import UserError
 
@@ -75,6 +76,11 @@ class Options:
             raise UserError(f"--held-out: found {self.held_out}, expected a share from 0 to below 1")
         if not (self.max_record_mb > 0 and math.isfinite(self.max_record_mb)):
             raise UserError(f"--max-record-mb: found {self.max_record_mb}, expected a number above 0")
+        if self.tokenizer == "bpe" and self.tokenizer_size < SMALLEST_BPE:
+            raise UserError(
+                f"--tokenizer-size: found {self.tokenizer_size}, expected {SMALLEST_BPE} or more (every byte and the special "
+                "tokens). Raise it, or give --tokenizer bytes."
+            )
         if unknown := [name for name in self.transforms if name not in TRANSFORMS]:
             raise UserError(f"--transform: found {unknown[0]!r}, expected one of {', '.join(TRANSFORMS)}")
         if self.classifier:
@@ -91,6 +97,8 @@ class Told:
     read: int
     rejected: int
     """Records."""
+    doing: str = "preparing"
+    """For a tokenizer, all of the input may be gone through before."""
 
 
 def prepare(
@@ -117,7 +125,7 @@ def prepare(
     inputs += [_state(Path(options.classifier.rpartition(":")[0]))] if options.classifier else []
     work = _begin(out, units, inputs, options)
     try:
-        tokenizer = _tokenizer(out, units, options)
+        tokenizer = _tokenizer(out, units, options, tell)
     except OSError as error:
         raise _unwritable(out, error) from error
     _prepare_units(work, units, options, tokenizer, workers, tell)
@@ -178,14 +186,14 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _tokenizer(out: Path, units: Sequence[Unit], options: Options) -> Tokenizer:
+def _tokenizer(out: Path, units: Sequence[Unit], options: Options, tell: Callable[[Told], None]) -> Tokenizer:
     path = out / "tokenizer.json"
     if path.exists():
         return load_file(path)
     if options.tokenizer == "bytes":
         tokenizer = load_bytes()
     elif options.tokenizer == "bpe":
-        tokenizer = load_bpe(_sample(units, options), options.tokenizer_size, out / "unfinished")
+        tokenizer = train_bpe(_sample(units, options, tell), options.tokenizer_size)
     else:
         try:
             tokenizer = load_file(options.tokenizer)
@@ -195,20 +203,29 @@ def _tokenizer(out: Path, units: Sequence[Unit], options: Options) -> Tokenizer:
     return tokenizer
 
 
-def _sample(units: Sequence[Unit], options: Options) -> list[str]:
-    """Texts of the input, of every unit as many characters at most."""
+def _sample(units: Sequence[Unit], options: Options, tell: Callable[[Told], None]) -> list[str]:
+    """Texts of the input, of every unit as many characters at most. Media are not read."""
     share = SAMPLE_CHARACTERS // len(units) + 1
     texts = []
+    done, total, read, rejected, told = 0, sum(unit.nbytes for unit in units), 0, 0, -math.inf
     for unit in units:
         left = share
-        for found in formats.read(unit, options.most):
+        for found in formats.read(unit, options.most, media=False):
+            read += found.records
+            if time.monotonic() - told > _SECONDS_BETWEEN_TELLS:
+                told = time.monotonic()
+                now = done + int(unit.nbytes * min(found.share, 1))
+                tell(Told(now, total, read, rejected, "reading texts for the tokenizer"))
             if isinstance(found.document, Rejected):
+                rejected += found.records
                 continue
             for part in found.document.parts:
                 texts += _cut(part.text[:left])
                 left -= min(left, len(part.text))
             if left <= 0:
                 break
+        done += unit.nbytes
+    tell(Told(total, total, read, rejected, "training the tokenizer"))
     if not any(texts):
         raise UserError("--tokenizer bpe: found no text to train it on. Give --tokenizer bytes, or the path of one.")
     return texts

@@ -49,6 +49,8 @@ SPECIAL_TOKENS = (*TEXT_TOKENS, *IMAGE_TOKENS, *TURN_TOKENS, *VIDEO_TOKENS, *AUD
 
 _FORMAT = "3"
 _BYTES = 256
+SMALLEST_BPE = _BYTES + len(SPECIAL_TOKENS)
+"""Tokens that each one has: every byte and the special tokens."""
 _FILE_NAME = "tokenizer.json"
 _OTHER_FORMATS = {
     ".model": "a SentencePiece or tiktoken file",
@@ -149,10 +151,9 @@ def load_bpe(texts: Sequence[str], size: int, cache_dir: Path) -> Tokenizer:
     Raises:
         UserError: the size has no room for the bytes and the special tokens.
     """
-    smallest = _BYTES + len(SPECIAL_TOKENS)
-    if size < smallest:
+    if size < SMALLEST_BPE:
         raise UserError(
-            f"data.tokenizer_size: found {size}, expected at least {smallest} (every byte and {len(SPECIAL_TOKENS)} "
+            f"data.tokenizer_size: found {size}, expected at least {SMALLEST_BPE} (every byte and {len(SPECIAL_TOKENS)} "
             "special tokens). Raise it, or set data.tokenizer=bytes."
         )
     trained_on = hashlib.sha256(f"bpe {_FORMAT} {size} {SPECIAL_TOKENS}".encode())
@@ -161,6 +162,11 @@ def load_bpe(texts: Sequence[str], size: int, cache_dir: Path) -> Tokenizer:
         trained_on.update(len(encoded).to_bytes(8, "big") + encoded)
     name = f"tokenizer-{trained_on.hexdigest()[:32]}.json"
     return Tokenizer(cache.text_file(cache_dir, name, lambda: _train(texts, size)), str(cache_dir / name))
+
+
+def train_bpe(texts: Sequence[str], size: int) -> Tokenizer:
+    """The same, trained now; `size` is `SMALLEST_BPE` or more."""
+    return Tokenizer(_train(texts, size), "the tokenizer trained here")
 
 
 def load_file(path: str | Path) -> Tokenizer:

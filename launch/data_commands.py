@@ -1,6 +1,7 @@
 """`drover data ...`: the user's own data, prepared, counted and looked at."""
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -60,7 +61,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.workers < 1:
         raise UserError(f"--workers: found {arguments.workers}, expected 1 or more")
     from data.filters import parse_filter
-    from data.prepare import Options, prepare
+    from data.prepare import Options, Told, prepare
     from trainer.progress import prepare_bar
 
     options = Options(
@@ -73,7 +74,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
         classifier=arguments.classifier,
         keep_duplicates=arguments.keep_duplicates,
     )
-    with prepare_bar("preparing") as tell:
+    with contextlib.ExitStack() as bars:
+        bar, doing = None, ""
+
+        def tell(told: Told) -> None:
+            nonlocal bar, doing
+            if bar is None or told.doing != doing:
+                bars.close()
+                bar, doing = bars.enter_context(prepare_bar(told.doing)), told.doing
+            bar(told)
+
         facts = prepare(arguments.sources, arguments.out, options, arguments.workers, tell)
     print(f"{arguments.out}: {_counted(facts)}")
     for folder, count in facts["read_only_if_named"].items():

@@ -3,12 +3,16 @@
 import base64
 import json
 import re
+import resource
+import tarfile
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data import formats, groups
+from data import prepare as prepare_module
 from data.chat import Message, chat_tokens
 from data.config import DataConfig, MediaSpec
 from data.inspect import inspect_data, render
@@ -222,6 +226,49 @@ def test_an_option_that_cannot_be_is_an_error(tmp_path, options):
     (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
     with pytest.raises(UserError):
         made(tmp_path / "out", tmp_path / "a.jsonl", **options)
+
+
+def test_a_tokenizer_that_is_too_small_is_said_before_anything_is_done(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
+    with pytest.raises(UserError, match=r"^--tokenizer-size: found 272, expected 273 or more"):
+        made(tmp_path / "out", tmp_path / "a.jsonl", tokenizer="bpe", tokenizer_size=272)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_too_full_for_the_tokenizer_names_the_folder(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl({"text": "a"}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UserError, match=r"^--out .*/out: .* cannot be written \(File too large\)"):
+            made(tmp_path / "out", tmp_path / "a.jsonl", tokenizer="bpe")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_for_the_tokenizer_no_media_are_read_and_it_is_told(tmp_path, monkeypatch):
+    picture, folder = image(0, (300, 300)), tmp_path / "f"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture)
+    (folder / "a.txt").write_bytes(b"of a folder")
+    (tmp_path / "b.jsonl").write_bytes(jsonl({"text": "of a line", "image": "f/a.png"}))
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for name in ("a.png", "a.txt"):
+            tar.add(folder / name, name)
+    read, heard = [], []
+    within, stream = groups.read_within, groups.Stream.read
+    monkeypatch.setattr(groups, "read_within", lambda *place: read.append(within(*place)) or read[-1])
+    monkeypatch.setattr(formats, "read_within", groups.read_within)
+    monkeypatch.setattr(groups.Stream, "read", lambda *size: read.append(stream(*size)) or read[-1])
+    monkeypatch.setattr(prepare_module, "_SECONDS_BETWEEN_TELLS", 0)
+    units = formats.plan([folder, tmp_path / "b.jsonl", tmp_path / "c.tar"])
+    found = prepare_module._sample(units, prepare_module.Options(), heard.append)
+    assert [text for text in found if text] == ["of a folder", "of a line", "of a folder"]
+    assert not any(piece in content for content in read for piece in (picture[:100], picture[-100:]))
+    assert [(told.done, told.read) for told in heard] == sorted((told.done, told.read) for told in heard)
+    assert [told.doing for told in heard] == ["reading texts for the tokenizer"] * 3 + ["training the tokenizer"]
+    made(tmp_path / "out", folder, tokenizer="bpe")
+    assert any(content == picture for content in read)
 
 
 def test_files_in_a_record_and_beside_it_are_too_large_together(tmp_path):
