@@ -38,7 +38,7 @@ def test_more_shards_than_files_may_be_open_are_written_and_read(tmp_path, few_f
         with TargetWriter(tmp_path, HEADER, shard_bytes=1) as writer:
             for i in range(stop):
                 writer.add([digest(i)], [targets(i)])
-    assert describe(tmp_path)["shards"] == SEGMENTS + 30 > 2 * MORE
+    assert describe(tmp_path)["shards"] > 2 * MORE
     with TargetCache(tmp_path) as cache:
         assert all(same(found, i) for i, found in enumerate(cache.get([digest(i) for i in range(SEGMENTS + 30)])))
 
