@@ -149,11 +149,26 @@ class Index:
     records: np.ndarray
     """int32 [N], places in the shard."""
     nbytes: np.ndarray
-    names: tuple[str, ...]
-    """What `sources` are places in."""
+    stored_names: tuple[str, ...] | Path
+    """What `sources` are places in, or the file that says so: there may be as many names as documents, and a run needs none."""
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `sources` are places in; read when it is asked for.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        if isinstance(self.stored_names, tuple):
+            return self.stored_names
+        try:
+            return tuple(json.loads(self.stored_names.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            check_limit(self.stored_names, error)
+            raise _damaged(self.stored_names, error) from error
 
     @classmethod
     def of(cls, part: Part, shards: np.ndarray, records: np.ndarray, kept: np.ndarray, held_out: float) -> Self:
@@ -177,32 +192,32 @@ class Index:
             shards=shards[kept],
             records=records[kept],
             nbytes=part.nbytes[kept],
-            names=part.names,
+            stored_names=part.names,
         )
 
     def facts_of(self) -> dict[str, Any]:
         """Counts for dataset.json; of many sources, those of the largest."""
-        counts = np.bincount(self.sources, minlength=len(self.names))
+        names = self.names
+        counts = np.bincount(self.sources, minlength=len(names))
         largest = np.argsort(-counts, kind="stable")[:SOURCES_NAMED].tolist()
-        others = len(self.names) - len(largest), int(counts.sum() - counts[largest].sum())
+        others = len(names) - len(largest), int(counts.sum() - counts[largest].sum())
         return {
             "held_out": int(self.held_out.sum()),
             "tokens": int(self.tokens.sum(dtype=np.int64)),
             "files": {kind: int((self.kinds == i).sum()) for i, kind in enumerate(MEDIA)},
             "bytes": int(self.nbytes.sum()),
-            "documents_by_source": {self.names[i]: int(counts[i]) for i in largest},
+            "documents_by_source": {names[i]: int(counts[i]) for i in largest},
             "other_sources": dict(zip(("sources", "documents"), others, strict=True)),
         }
 
     def write(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         _write(folder / NAMES, json.dumps(self.names, ensure_ascii=False))
-        for field in dataclasses.fields(self):
-            if field.name != "names":
-                with open(folder / f"{field.name}.npy", "wb") as file:
-                    np.save(file, getattr(self, field.name))
-                    file.flush()
-                    os.fsync(file.fileno())
+        for name in _ARRAYS:
+            with open(folder / f"{name}.npy", "wb") as file:
+                np.save(file, getattr(self, name))
+                file.flush()
+                os.fsync(file.fileno())
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -211,28 +226,33 @@ class Index:
         Raises:
             UserError: a file is missing or damaged, or too many files are open.
         """
-        arrays: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            path = folder / (NAMES if field.name == "names" else f"{field.name}.npy")
+        arrays: dict[str, np.ndarray] = {}
+        for name in _ARRAYS:
+            path = folder / f"{name}.npy"
             try:
-                arrays[field.name] = tuple(json.loads(path.read_text("utf-8"))) if path.name == NAMES else mapped(path)
+                arrays[name] = mapped(path)
             except UserError:
                 raise
             except Exception as error:  # of NumPy, of zipfile: whatever damaged bytes lead to
                 check_limit(path, error)
-                raise UserError(f"{path}: is missing or damaged ({error}). Prepare the data again.") from error
+                raise _damaged(path, error) from error
         documents = len(arrays["tokens"])
         files = int(arrays["file_starts"][-1]) if len(arrays["file_starts"]) else 0
         for name, array in arrays.items():
-            if name == "names":
-                continue
             expected = files if name in _OF_FILES else documents + (name == "file_starts")
             if len(array) != expected:
                 raise UserError(
                     f"{folder / name}.npy: found {len(array):,} entries, expected {expected:,}. Copy it again, or prepare "
                     "the data again."
                 )
-        return cls(**arrays)
+        return cls(**arrays, stored_names=folder / NAMES)
+
+
+_ARRAYS = tuple(field.name for field in dataclasses.fields(Index) if field.name != "stored_names")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: is missing or damaged ({error}). Prepare the data again.")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """One unit of the input, prepared in a process of its own or in this one: its shard, its part of the index, its rejections.
 
-What is held in memory does not grow with the unit, but for some 60 bytes of each document, which the index is made of.
+What is held in memory does not grow with the unit, but for what the index is made of: some 60 bytes of each document, 20 of
+each file, and each different `source`.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ def index_of(documents) -> tuple[Index, np.ndarray]:
         shards=empty,
         records=empty,
         nbytes=empty.astype(np.int64),
-        names=("",),
+        stored_names=("",),
     )
     return index, np.array(sizes, np.int32).reshape(-1, 3)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,11 +152,24 @@ def test_a_damaged_index_is_named(tmp_path, name):
         Prepared.open(tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", ["", "[", "5"])
-def test_damaged_names_of_sources_are_named(tmp_path, content):
-    (write(tmp_path / "out") / "index" / "names.json").write_text(content)
+@pytest.mark.parametrize("content", ["", "[", "5", None])
+def test_damaged_names_of_sources_are_named_where_they_are_asked_for(tmp_path, content):
+    path = write(tmp_path / "out") / "index" / "names.json"
+    path.unlink() if content is None else path.write_text(content)
+    index = Prepared.open(tmp_path / "out").index
     with pytest.raises(UserError, match=r"names\.json: is missing or damaged"):
-        Prepared.open(tmp_path / "out")
+        _ = index.names
+
+
+def test_names_of_sources_are_not_held(tmp_path):
+    """Each document may be of another one, such as its address."""
+    out = write(tmp_path / "out")
+    (out / "index" / "names.json").write_text(json.dumps([f"https://example.com/{i}" for i in range(50_000)]))
+    tracemalloc.start()
+    data = Prepared.open(out)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    assert len(data.index.names) == 50_000
 
 
 @pytest.mark.parametrize(
