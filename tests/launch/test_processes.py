@@ -282,6 +282,8 @@ def test_the_manifest_gives_every_pod_its_place() -> None:
     assert field(service, "metadata: {name") == field(job, "subdomain")
     assert field(service, "job-name") == field(job, "metadata: {name")
     assert field(job, "completions") == field(job, "parallelism")
+    # Every restart of any pod counts: one incident has as many as there are pods.
+    assert int(field(job, "backoffLimit")) >= 1000 * int(field(job, "completions"))
     variables = dict(re.findall(r'name: (DROVER_\w+), value: "(.+)"', job))
     coordinator = f"{field(job, 'metadata: {name')}-0.{field(job, 'subdomain')}:4321"
     count = int(field(job, "parallelism"))
