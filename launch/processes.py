@@ -161,14 +161,14 @@ def join(arguments: argparse.Namespace) -> "Watch | None":
     warnings.filterwarnings("ignore", r"\s*Kubernetes environment detected")
     # Signals are ours (trainer/signals.py): this service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX's own watch ends a process without saying which other one hangs: it comes after ours.
+    patience = {"initialization_timeout": int(5 * timeout), "heartbeat_timeout_seconds": max(100, int(3 * timeout))}
     try:
         if group:
             devices = [group.index] if os.environ.get(LOCAL) else None
-            jax.distributed.initialize(
-                group.coordinator, group.count, group.index, devices, initialization_timeout=int(5 * timeout)
-            )
+            jax.distributed.initialize(group.coordinator, group.count, group.index, devices, **patience)
         else:
-            jax.distributed.initialize(initialization_timeout=int(5 * timeout))
+            jax.distributed.initialize(**patience)
     except ValueError as error:
         if group is None and "coordinator_address should be defined" in str(error):
             check_alone(os.environ)
