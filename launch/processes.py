@@ -49,12 +49,27 @@ class Launcher:
     """Variable with the number of this one."""
     cure: str
     """How a place is to be given here."""
+    local_index: str = ""
+    """Variable with the number of this process on its host."""
+    local_count: str = ""
+    """Variable with the number of processes on its host."""
 
 
 _COORDINATOR_CURE = f"Give --coordinator HOST:PORT of process 0 (or {COORDINATOR}) in every process."
-OPEN_MPI = Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _COORDINATOR_CURE)
-PMI = Launcher("PMI_SIZE", "PMI_RANK", _COORDINATOR_CURE)
-SLURM = Launcher("SLURM_NTASKS", "SLURM_PROCID", "Start the command with srun, which starts it once for each task.")
+OPEN_MPI = Launcher(
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    _COORDINATOR_CURE,
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)
+PMI = Launcher("PMI_SIZE", "PMI_RANK", _COORDINATOR_CURE, "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+SLURM = Launcher(
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "Start the command with srun, which starts it once for each task.",
+    "SLURM_LOCALID",
+)
 KUBERNETES = Launcher(
     "",
     "JOB_COMPLETION_INDEX",
@@ -142,6 +157,24 @@ def check_alone(environ: Mapping[str, str]) -> None:
     )
 
 
+def local_devices(environ: Mapping[str, str], group: Group, gpus: int) -> list[int] | None:
+    """Which of the GPUs that a process sees are its own; None where JAX is to say, or all are.
+
+    Of several processes on a host each has one, as JAX has it under those launchers that it knows.
+    """
+    if environ.get(LOCAL):
+        return [group.index]
+    if environ.get(LOCAL_DEVICES) or group.count == 1 or not gpus:
+        return None
+    if gpus == 1:
+        return [0]
+    launcher = next((each for each in LAUNCHERS if each.local_index and each.local_index in environ), None)
+    if launcher is None or environ.get(launcher.local_count, "") == "1":
+        return None
+    index, count = int(environ[launcher.local_index]), int(environ.get(launcher.local_count, 0))
+    return [index] if max(index + 1, count) <= gpus else None
+
+
 def join(arguments: argparse.Namespace) -> "Watch | None":
     """Finds the other processes of the run, if there are any, and watches them. Call it before jax has any device.
 
@@ -165,7 +198,7 @@ def join(arguments: argparse.Namespace) -> "Watch | None":
     patience = {"initialization_timeout": int(5 * timeout), "heartbeat_timeout_seconds": max(100, int(3 * timeout))}
     try:
         if group:
-            devices = [group.index] if os.environ.get(LOCAL) else None
+            devices = local_devices(os.environ, group, environment.visible_gpus(os.environ))
             jax.distributed.initialize(group.coordinator, group.count, group.index, devices, **patience)
         else:
             jax.distributed.initialize(**patience)
@@ -205,13 +238,14 @@ def _timeout(arguments: argparse.Namespace) -> float:
 
 
 def check_gpus(hosts: Sequence[tuple[str, int, int]]) -> None:
-    """Refuses to leave GPUs without a process.
+    """Refuses to leave GPUs without a process, or to give one to several.
 
     Args:
-        hosts: of each process the name of its host, the devices it uses, and the GPUs it sees.
+        hosts: of each process the name of its host and of the GPUs that it sees there, the devices that it uses, and how
+            many GPUs it sees.
 
     Raises:
-        UserError: processes see more GPUs than those of their host use together.
+        UserError: the processes that see the same GPUs use fewer than those together, or more.
     """
     used: dict[str, int] = {}
     for name, devices, _ in hosts:
@@ -219,9 +253,15 @@ def check_gpus(hosts: Sequence[tuple[str, int, int]]) -> None:
     for name, _, seen in hosts:
         if used[name] < seen:
             raise UserError(
-                f"{name}: found {seen} GPUs, of which the run would use {used[name]}: under srun and mpirun JAX "
-                "gives each process the one of its own number on the host. Start one process for each GPU, or say "
+                f"{name}: found {seen} GPUs, of which the run would use {used[name]}: under srun and mpirun each process "
+                "gets the one of its own number on the host. Start one process for each GPU, or say "
                 f"which each is to have: {LOCAL_DEVICES}={','.join(map(str, range(seen)))} for a single process on the host."
+            )
+        if used[name] > seen > 1:
+            raise UserError(
+                f"{name}: found {seen} GPUs, expected no more than those in use; the processes there would use {used[name]}, "
+                f"each the same ones. Start no more than {seen} processes on a host, by srun or mpirun, which number them "
+                f"there, or say which GPUs each is to have: {LOCAL_DEVICES}=0 for the first process, 1 for the second."
             )
 
 
@@ -233,10 +273,18 @@ def _check_gpus() -> None:
     chosen = {LOCAL, LOCAL_DEVICES} & os.environ.keys()
     seen = environment.visible_gpus(os.environ) if jax.default_backend() == "gpu" and not chosen else 0
     note = np.zeros(2 + _HOST_BYTES, np.uint8)
-    content = bytes([jax.local_device_count(), seen]) + socket.gethostname().encode()
+    content = bytes([jax.local_device_count(), seen]) + gpus_name(os.environ, socket.gethostname()).encode()
     note[: len(content)] = np.frombuffer(content, np.uint8)
     everyones = [np.asarray(each).tobytes() for each in multihost_utils.process_allgather(note)]
     check_gpus([(each[2:].rstrip(b"\0").decode(), each[0], each[1]) for each in everyones])
+
+
+def gpus_name(environ: Mapping[str, str], host: str) -> str:
+    """The same in processes that see the same GPUs: containers on one host, or processes that were told, see other ones."""
+    files = [path.name.removeprefix("nvidia") for path in environment.nvidia_gpus()]
+    told = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    numbers = ",".join(sorted(filter(None, told)) or files)
+    return (f"{host}, GPUs {numbers}" if numbers else host)[:_HOST_BYTES]
 
 
 def _watch(timeout: float, group: Group | None) -> "Watch":

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch.processes import ALONE, Group, again, check_gpus, group_of
+from launch.processes import ALONE, Group, again, check_gpus, gpus_name, group_of, join, local_devices
 from sharding.errors import UserError
 from tests.trainer.processes import ROOT, finish, logged, metrics, reached, saving, start, wait_until
 
@@ -367,6 +367,49 @@ def test_no_gpu_is_left_without_a_process() -> None:
         UserError, match=r"b: found 8 GPUs, of which the run would use 2: .*JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7"
     ):
         check_gpus([("a", 8, 8), ("b", 1, 8), ("b", 1, 8)])
+
+
+def test_each_process_of_a_host_has_the_gpu_of_its_number_there() -> None:
+    group = Group("a:1", 16, 11)
+    open_mpi = MPI_5 | {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+    mpich = MPICH | {"MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "8"}
+    daemons = {"SLURM_LOCALID": "0"}  # of MPI, in a job of Slurm
+    for variables in (open_mpi, mpich, STEP, open_mpi | daemons, mpich | daemons, MPICH | {"SLURM_LOCALID": "3"}):
+        assert local_devices(variables, group, 8) == [3]
+        assert local_devices(variables, group, 1) == [0]  # CUDA_VISIBLE_DEVICES leaves one
+        assert local_devices(variables | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, group, 8) is None
+        assert local_devices(variables, group, 0) is None
+        assert local_devices(variables, group, 2) is None  # of its own: check_gpus looks at all together
+    one_on_each_host = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    assert local_devices(one_on_each_host, group, 8) is None
+    assert local_devices({}, group, 8) is None
+    assert local_devices({"DROVER_LOCAL": "1"}, group, 16) == [11]
+
+
+def test_no_gpu_is_given_to_two_processes() -> None:
+    with pytest.raises(UserError, match=r"a: found 2 GPUs, expected no more .* would use 4, each the same ones\."):
+        check_gpus([("a", 2, 2), ("a", 2, 2)])
+    assert gpus_name({"CUDA_VISIBLE_DEVICES": "3,2"}, "a") == "a, GPUs 2,3" != gpus_name({}, "a") == "a"
+
+
+@pytest.mark.parametrize(("given", "expected"), [("60", 180), ("20", 100), ("600", 1800)])
+def test_jax_waits_longer_for_a_silent_process_than_we_do(
+    given: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, Any] = {}
+
+    def initialize(*place: Any, **options: Any) -> None:
+        said.update(options, place=place)
+        raise RuntimeError("that will do")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr("launch.environment.nvidia_gpus", lambda: [Path(f"/dev/nvidia{i}") for i in range(4)])
+    for name, value in (MPI_5 | {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="that will do"):
+        join(arguments(coordinator="a:1", peer_timeout=given))
+    assert said["heartbeat_timeout_seconds"] == expected
+    assert said["place"] == ("a:1", 4, 3, [3])
 
 
 @pytest.mark.parametrize(("given", "words"), [
