@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch import environment
 from sharding.errors import UserError
@@ -195,7 +195,10 @@ def join(arguments: argparse.Namespace) -> "Watch | None":
     # Signals are ours (trainer/signals.py): this service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX's own watch ends a process without saying which other one hangs: it comes after ours.
-    patience = {"initialization_timeout": int(5 * timeout), "heartbeat_timeout_seconds": max(100, int(3 * timeout))}
+    patience: dict[str, Any] = {
+        "initialization_timeout": int(5 * timeout),
+        "heartbeat_timeout_seconds": max(100, int(3 * timeout)),
+    }
     try:
         if group:
             devices = local_devices(os.environ, group, environment.visible_gpus(os.environ))
