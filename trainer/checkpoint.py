@@ -5,6 +5,7 @@ leaves the checkpoint before it. A checkpoint folder holds `state` (arrays) and 
 digests of data and tokenizer).
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from orbax.checkpoint import multihost
 
 from sharding.errors import UserError
 from trainer.config import CheckpointConfig, RunConfig
@@ -75,6 +77,21 @@ def _weights(stored: dict[tuple[str, ...], Any], params: Params, router_bias: Pa
     return {"params": params} | ({"router_bias": router_bias} if has_biases else {})
 
 
+def _barrier() -> multihost.BarrierSyncFn:
+    """Where processes wait for each other within a save: all but one whose part of it has failed.
+
+    That one would wait with its error for those who wait for its part, for 20 minutes; so it raises the error, and its end
+    is theirs (`launch/watch.py`).
+    """
+    wait = multihost.get_barrier_sync_fn()
+
+    def unless_failed(*, key: str, timeout_ms: int) -> None:
+        if sys.exc_info()[0] is None:
+            wait(key=key, timeout_ms=timeout_ms)
+
+    return unless_failed
+
+
 class Checkpoints:
     """The checkpoints of one run directory."""
 
@@ -88,6 +105,7 @@ class Checkpoints:
                 keep_period=config.keep_every or None,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier()),
             )
         self.manager = ocp.CheckpointManager(directory, options=options, item_names=("state", "run"))
 

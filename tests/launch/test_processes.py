@@ -199,6 +199,27 @@ def test_a_process_that_fails_or_is_stuck_does_not_leave_the_others_waiting(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_fails_in_one_process_does_not_leave_the_others_waiting(victim: int, tmp_path: Path) -> None:
+    config = tmp_path / "full.py"
+    config.write_text(
+        "import os, resource\n"
+        "from tests.nano import get_config\n"
+        "from trainer.checkpoint import Checkpoints\n"
+        "save = Checkpoints.save\n"
+        "def without_room(self, *arguments):\n"
+        f"    if os.environ.get('DROVER_PROCESS_ID') == '{victim}':\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "    save(self, *arguments)\n"
+        "Checkpoints.save = without_room\n"
+    )
+    output = finish(start(tmp_path / "run", "--processes=2", config=str(config), steps=100_000), 2)
+    told = f"drover train: checkpoints {tmp_path}/run/checkpoints: cannot be written"
+    assert output.count(told) == 1 and "checkpoint saved" not in output, output
+    assert (f"process 1: {told}" in output) == (victim == 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_at_one_step_and_saves(number: signal.Signals, tmp_path: Path) -> None:
     process = endless(tmp_path)
