@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig, MediaSpec
@@ -60,23 +61,47 @@ def ids(dataset: Dataset, batch: Batch) -> list[str]:
     return found
 
 
+def made(dataset: Dataset, first: int, stop: int, rows: list[int]) -> Iterator[Batch]:
+    """These rows of the batches: as a run has them if there are workers, else one by one."""
+    if not dataset.config.workers:
+        yield from (dataset.batch(n, rows) for n in range(first, stop))
+        return
+    with dataset.batches(first, stop, rows) as batches:
+        yield from batches
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.lists(START, min_size=1, max_size=5), st.integers(0, 2**40))
 def test_every_document_comes_once_an_epoch_whatever_happens(config, starts, seed):
-    """(hosts, batches until the next interruption, mixture) of each start; all that is kept between them is a few numbers.
+    """(hosts, batches until the next interruption, mixture) of each start."""
+    check(config, starts, [0] * len(starts), seed)
+
+
+SOME = st.sampled_from(MIXTURES + ADDED)
+
+
+@settings(deadline=None, max_examples=2, phases=[Phase.generate])
+@given(st.sampled_from([(2, 1), (1, 2)]), st.tuples(SOME, SOME), st.integers(1, 6), st.integers(0, 2**40))
+def test_worker_processes_give_the_same(config, shape, mixtures, batches, seed):
+    hosts, workers = shape
+    check(config, [(1, batches, mixtures[0]), (hosts, 5, mixtures[1])], [0, workers], seed)
+
+
+def check(config: DataConfig, starts: list[tuple[int, int, dict[str, float]]], workers: list[int], seed: int) -> None:
+    """Goes through all starts; all that is kept between them is a few numbers.
 
     Hosts have 8 rows together, some one more than others. What they read is what one that knew the whole journal from the
     start would have read, and has every document of a source once an epoch, those of sources that came or went too.
     """
     config = dataclasses.replace(config, seed=seed)
     position, journal, n, seen, given, going = None, [], 0, [], [], None
-    for hosts, batches, weights in starts:
-        going = dataclasses.replace(config, mixture=weights)
+    for (hosts, batches, weights), count in zip(starts, workers, strict=True):
+        going = dataclasses.replace(config, mixture=weights, workers=count)
         journal = continued(json.loads(json.dumps(journal)), going, n)
         each = [build_dataset(going, MediaSpec(), "train", journal=journal, position=position) for _ in range(hosts)]
-        for batch in range(n, n + batches):
-            rows = np.array_split(np.arange(BATCH), hosts)
-            parts = [dataset.batch(batch, of_host.tolist()) for dataset, of_host in zip(each, rows, strict=True)]
+        rows = np.array_split(np.arange(BATCH), hosts)
+        of_hosts = [made(one, n, n + batches, of_host.tolist()) for one, of_host in zip(each, rows, strict=True)]
+        for parts in zip(*of_hosts, strict=True):
             whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             whole["source_ids"] = np.array([0, *map(ord, each[0].source_names)])[whole["source_ids"]]
             given.append(whole)
