@@ -149,7 +149,10 @@ class _Member(tarfile.TarInfo):
     def _proc_sparse(self, tar: Any) -> tarfile.TarInfo:
         _, more, _ = self._sparse_structs  # pyright: ignore[reportAttributeAccessIssue]
         while more:
-            more = tar.fileobj.read(tarfile.BLOCKSIZE)[504]
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"{self.name} is cut short")
+            more = block[504]
         self.sparse = b""
         return self._proc_builtin(tar)  # pyright: ignore[reportAttributeAccessIssue]
 

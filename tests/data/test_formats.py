@@ -244,6 +244,11 @@ def test_what_a_tar_must_not_hold_is_refused_by_name(tmp_path, content, rule):
     assert refused(of_tar(tmp_path, content), rule)
 
 
+def test_a_file_with_holes_that_is_cut_short_is_said_to_be(tmp_path):
+    for length in (512, 1000, 1536):
+        assert "(a.txt is cut short)" in refused(of_tar(tmp_path, sparse(3)[:length]), "damaged")
+
+
 def test_maps_of_files_with_holes_are_not_held(tmp_path):
     for content in (sparse(20_000), sparse_in_pax(500_000)):
         (tmp_path / "a.tar").write_bytes(content + tar(("b.txt", b"b")))
