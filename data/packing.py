@@ -119,8 +119,10 @@ class Packing:
     def _packed(self, state: Position) -> _Window:
         """The window that begins here. As many are kept as a run needs to go on without packing one twice."""
         with self._lock:
-            window = self._kept.pop(state, None) or self._pack(state)
-            self._kept[state] = window
+            if window := self._kept.get(state):
+                self._kept.move_to_end(state)
+                return window
+            self._kept[state] = window = self._pack(state)
             least, most = _KEPT_WINDOWS
             kept = sum(len(one.documents) for one in self._kept.values())
             while len(self._kept) > most or (len(self._kept) > least and kept > _KEPT_DOCUMENTS):
