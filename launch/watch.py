@@ -2,7 +2,7 @@
 
 Otherwise they would wait for it in a collective for ever. Each process has a connection to process 0, which relays what
 it learns; a beat a second says that the other side is alive. A thread does this, so it works while jax waits or compiles.
-A beat also says which step the process has come to, by which process 0 finds one that is alive and stuck.
+A beat also says how far the process has come, by which process 0 finds one that is alive and stuck.
 """
 
 import contextlib
@@ -22,6 +22,9 @@ PATIENCE = 5
 """A process may be a step behind the others for so many timeouts, as long as it takes to copy a checkpoint's arrays."""
 _NOTE_BYTES = 4000
 
+Place = tuple[int, int]
+"""How far a process has come: its step, and how often it has gone on within that."""
+
 
 class Watch:
     """The connections of one process, and the thread that listens to them."""
@@ -36,9 +39,9 @@ class Watch:
         self._heard = dict.fromkeys(peers, time.monotonic())
         name = f"process {index} (pid {os.getpid()} on {socket.gethostname()})"
         self._names = {number: f"process {number}" for number in peers.values()} | {index: name}
-        self._step: int | None = None
-        self._steps: dict[int, int] = {}
-        self._behind: dict[int, tuple[int, float]] = {}
+        self._place: Place | None = None
+        self._places: dict[int, Place] = {}
+        self._behind: dict[int, tuple[Place, float]] = {}
         self._lock, self._done = threading.Lock(), threading.Event()
         self._selector = selectors.DefaultSelector()
         for connection in peers:
@@ -49,8 +52,12 @@ class Watch:
         self._thread.start()
 
     def reached(self, step: int) -> None:
-        """This process has a step's batch and begins with it. Before its first step it may compile as long as it likes."""
-        self._step = step
+        """This process has a step's batch and begins with it, or has come further within that step, as all do.
+
+        Before its first step it may compile as long as it likes.
+        """
+        before = self._place or (step, -1)
+        self._place = (step, before[1] + 1 if step == before[0] else 0)
 
     def leave(self) -> None:
         """This process has done its part and may end."""
@@ -83,30 +90,30 @@ class Watch:
                     self._heard = dict.fromkeys(self._heard, now)
                     self._behind.clear()
                 beat = now
-                self._send({} if self._step is None else {"step": self._step})
+                self._send({} if self._place is None else {"place": self._place})
                 if self._index == 0:
-                    self._check_steps(now)
+                    self._check_places(now)
             for connection, heard in list(self._heard.items()):
                 if now - heard > self._timeout:
                     self._lost(connection, f"has not been heard of for {self._timeout:g} s (it hangs, or is cut off)")
 
-    def _check_steps(self, now: float) -> None:
-        """Ends the run where a process stays at its step and others are further: they wait for it."""
-        if self._step is not None:
-            self._steps[0] = self._step
-        furthest = max(self._steps.values(), default=0)
-        # A process is behind since it came to its step, or since another one went further.
+    def _check_places(self, now: float) -> None:
+        """Ends the run where a process stays at its place and others are further: they wait for it."""
+        if self._place is not None:
+            self._places[0] = self._place
+        furthest = max(self._places.values(), default=(0, 0))
+        # A process is behind since it came to its place, or since another one went further.
         self._behind = {
-            number: (step, since if step == before else now)
-            for number, step in self._steps.items()
-            if step < furthest
-            for before, since in [self._behind.get(number, (step, now))]
+            number: (place, since if place == before else now)
+            for number, place in self._places.items()
+            if place < furthest
+            for before, since in [self._behind.get(number, (place, now))]
         }
-        for number, (step, since) in self._behind.items():
+        for number, (place, since) in self._behind.items():
             if now - since > PATIENCE * self._timeout:
                 self._end(
-                    f"{self._names[number]} is alive, but has not gone on from step {step} for {now - since:.0f} s, and others "
-                    f"wait for it at step {furthest} (it hangs: in its data, in a file system, in a lock?)."
+                    f"{self._names[number]} is alive, but has not gone on from {_said(place)} for {now - since:.0f} s, and "
+                    f"others wait for it at {_said(furthest)} (it hangs: in its data, in a file system, in a lock?)."
                 )
 
     def _read(self, connection: Any) -> None:
@@ -127,8 +134,9 @@ class Watch:
     def _take(self, connection: socket.socket, note: dict[str, Any]) -> None:
         if "name" in note:
             self._names[self._peers[connection]] = str(note["name"])
-        if "step" in note:
-            self._steps[self._peers[connection]] = int(note["step"])
+        if "place" in note:
+            step, part = note["place"]
+            self._places[self._peers[connection]] = (int(step), int(part))
         if "left" in note:
             self._forget(connection)
         if "failed" in note:
@@ -138,7 +146,7 @@ class Watch:
         self._selector.unregister(connection)
         self._heard.pop(connection)
         with self._lock:
-            self._steps.pop(self._peers.pop(connection), None)
+            self._places.pop(self._peers.pop(connection), None)
 
     def _lost(self, connection: socket.socket, how: str) -> None:
         self._end(f"{self._names[self._peers[connection]]} {how}.", beside=connection)
@@ -157,6 +165,11 @@ class Watch:
                     flush=True,
                 )
         os._exit(PEER_LOST)
+
+
+def _said(place: Place) -> str:
+    step, part = place
+    return f"step {step}, part {part} (held-out data, a save)" if part else f"step {step}"
 
 
 def connect(

@@ -71,7 +71,8 @@ def train(
 ) -> None:
     """Trains `run` in `workdir`, from its latest checkpoint if there is one, to the end or to a signal.
 
-    `reached` is called with the number of every step that begins.
+    `reached` is called with the number of every step that begins, and again within it when a held-out batch is read and
+    when a save begins.
 
     Raises `UserError` for whatever the user can cure; `SystemExit` with 128 + signal after a signal.
     """
@@ -214,7 +215,12 @@ class Run:
         self.feeder = feeder
         if self.asked:
             self.feeder = AskedAhead(feeder, self.asked, lambda share: mesh.put(share, rows), run.steps - start)
-        self.held_out = HeldOut(held_out, eval_fn, self.share.tolist(), lambda share: mesh.put(share, rows))
+
+        def put_held_out(share: Batch) -> dict[str, jax.Array]:
+            self.reached(self.step)  # those who still read it are behind
+            return mesh.put(share, rows)
+
+        self.held_out = HeldOut(held_out, eval_fn, self.share.tolist(), put_held_out)
         stack.enter_context(self.console)
         self.logger: Logger = NoLogger()
         if self.leader:
@@ -332,10 +338,11 @@ class Run:
     def loop(self, reached: Callable[[int], None]) -> None:
         """Steps until the last one or until asked to stop. `reached`: see `train`."""
         run, pending = self.run, None
+        self.reached, self.step = reached, self.start
         self.last_done = time.perf_counter()
         for step in range(self.start + 1, run.steps + 1):
             fed = self.feeder.next(lambda: jax.block_until_ready(self.state))
-            self.where = fed.where
+            self.where, self.step = fed.where, step
             reached(step)
             self.stop.nothing_to_save = False
             batch = self.rollout(self.state, fed.batch, step) if self.rollout else fed.batch
@@ -425,6 +432,7 @@ class Run:
     def _save(self, step: int) -> None:
         # A checkpoint at step k implies that the metrics up to k are on disk: a resumed run has no gap.
         self.logger.flush()
+        self.reached(step)
         self.checkpoints.save(self.state, self._metadata())
         self.saving = step
         self.last_done = time.perf_counter()

@@ -173,12 +173,13 @@ def test_when_a_process_dies_or_hangs_the_others_say_which_and_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trouble", "status", "words"), [
-    ("raise UserError('the fifth batch is broken.')", 2, "process 1: drover train: the fifth batch is broken."),
-    ("time.sleep(3600)", 3, "is alive, but has not gone on from step 4"),
+@pytest.mark.parametrize(("batch", "trouble", "status", "words"), [
+    ("n == 4", "raise UserError('a batch is broken.')", 2, "process 1: drover train: a batch is broken."),
+    ("n == 4", "time.sleep(3600)", 3, "is alive, but has not gone on from step 4"),
+    ("self._again[2]", "time.sleep(3600)", 3, "others wait for it at step 6, part 1 (held-out data, a save)"),
 ])  # fmt: skip
 def test_a_process_that_fails_or_is_stuck_does_not_leave_the_others_waiting(
-    trouble: str, status: int, words: str, tmp_path: Path
+    batch: str, trouble: str, status: int, words: str, tmp_path: Path
 ) -> None:
     config = tmp_path / "broken.py"
     config.write_text(
@@ -188,7 +189,7 @@ def test_a_process_that_fails_or_is_stuck_does_not_leave_the_others_waiting(
         "from tests.nano import get_config\n"
         "batch = pipeline.Dataset.batch\n"
         "def broken(self, n, rows=None):\n"
-        "    if os.environ.get('DROVER_PROCESS_ID') == '1' and n == 4:\n"
+        f"    if os.environ.get('DROVER_PROCESS_ID') == '1' and {batch}:\n"
         f"        {trouble}\n"
         "    return batch(self, n, rows)\n"
         "pipeline.Dataset.batch = broken\n"

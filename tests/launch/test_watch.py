@@ -52,10 +52,12 @@ def groups() -> dict[object, list[subprocess.Popen[str]]]:
     stuck = "me.reached(1); lock = threading.Lock(); lock.acquire(); lock.acquire()"
     compiling = "time.sleep(3)"
     slow = "for step in range(8): me.reached(step); time.sleep(0.5)"
-    same = "me.reached(9); time.sleep(3)"
+    same = "me.reached(9); me.reached(9); time.sleep(3)"
+    within = f"me.reached(1); me.reached(1); {WAITING}"
     return {
         0: group(stuck, further, further),
         1: group(further, stuck, further),
+        "within a step": group(within, f"me.reached(1); {WAITING}", within),
         "killed": group(WAITING, "os.kill(os.getpid(), 9)", WAITING),
         "fails": group(WAITING, "me.fail('broken. Mend it.'); os._exit(2)", WAITING),
         "compiling": group("me.reached(9); time.sleep(4)", compiling, compiling),
@@ -72,6 +74,13 @@ def test_a_process_that_is_alive_but_stuck_is_named_and_all_end(groups, victim: 
     assert f"process {victim} (pid {pid} on {socket.gethostname()}) is alive, but has not gone on from step 1" in first
     assert "others wait for it at step 2" in first
     assert others == [""] * (COUNT - 1)  # one speaks on a terminal that they share
+
+
+def test_one_that_is_stuck_within_a_step_is_found_as_well(groups) -> None:
+    statuses, (first, *others) = ended(groups["within a step"])
+    assert statuses == [3] * COUNT, first
+    assert "has not gone on from step 1 for" in first and "others wait for it at step 1, part 1" in first
+    assert others == [""] * (COUNT - 1)
 
 
 @pytest.mark.parametrize(("name", "status", "words"), [
