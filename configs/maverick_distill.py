@@ -13,8 +13,8 @@ for the four layers of a super-block: 3.31 GB, which leaves 76.7 of 80 GB or 91.
 from the cache, which takes 6.56 TB for the 419B tokens of the run.
 
 With --config.distill.source=mesh --config.distill.cache= the teacher computes beside the student: 1.01 GB of its weights in
-bfloat16, and 5.87 GB gathered for a super-block, make it 10.2 GB. But its forward pass costs 5.47 times as much as the student's
-whole step, 84.5 % of the run; `drover teach` pays that once, 2.5e23 FLOP.
+bfloat16, and 5.87 GB gathered for a super-block, make it 10.2 GB. But its forward pass costs 5.47 times as much as the whole
+step of the student, 84.5 % of the run; `drover teach` pays that once, 2.5e23 FLOP.
 """
 
 from typing import Any
