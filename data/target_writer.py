@@ -132,10 +132,6 @@ class TargetWriter:
             self._finished_bytes += index.facts.record_bytes
             self._shard = None
 
-    def progress(self) -> Progress:
-        """Found and written together."""
-        return Progress(*(a + b for a, b in zip(self.found, self.written, strict=True)))
-
     def _new_shard(self) -> "_Shard":
         number = self._process
         while (lock := _created(self._folder / shard_name(number))) is None:

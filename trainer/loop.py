@@ -176,10 +176,8 @@ class Run:
         self.state, origin = initialise(
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
-        self.teacher_digest = teacher_digest(run, self.cached)
-        if not self.other_teacher:
-            check_same_teacher(run, self.checkpoints.directory / str(start), saved.get("teacher"), self.teacher_digest)
-        self._load_teacher(state_shapes)
+        self.start = start
+        self._load_teacher(state_shapes, saved.get("teacher"))
         taught_by = self.teacher_digest, self.cached and self.cached.header.digest.hex()
         check_same(
             "config, data, tokenizer, teacher or cache of targets",
@@ -187,7 +185,6 @@ class Run:
         )
         if self.leader:  # not before: nothing is changed by a start that is refused
             self.directory.save(run, self.dataset.tokenizer)
-        self.start = start
         self._flags = {
             asked: jax.make_array_from_process_local_data(mesh.each, np.full(len(mesh.local), asked, np.int32))
             for asked in (False, True)
@@ -215,12 +212,7 @@ class Run:
         self.feeder = feeder
         if self.asked:
             self.feeder = AskedAhead(feeder, self.asked, lambda share: mesh.put(share, rows), run.steps - start)
-
-        def put_held_out(share: Batch) -> dict[str, jax.Array]:
-            self.reached(self.step)  # those who still read it are behind
-            return mesh.put(share, rows)
-
-        self.held_out = HeldOut(held_out, eval_fn, self.share.tolist(), put_held_out)
+        self.held_out = HeldOut(held_out, eval_fn, self.share.tolist(), self._put_held_out)
         stack.enter_context(self.console)
         self.logger: Logger = NoLogger()
         if self.leader:
@@ -240,9 +232,21 @@ class Run:
             )
         return dataset
 
-    def _load_teacher(self, state: TrainState) -> None:
-        """The teacher that computes in this run, and what asks it or writes for it. `state`: shapes of the student's."""
+    def _put_held_out(self, share: Batch) -> dict[str, jax.Array]:
+        self.reached(self.step)  # those who still read it are behind
+        return self.mesh.put(share, self.run.data.batch_size)
+
+    def _load_teacher(self, state: TrainState, before: str | None) -> None:
+        """The teacher that computes in this run, and what asks it or writes for it.
+
+        Args:
+            state: shapes of the student's.
+            before: digest of the teacher that the checkpoint learned from.
+        """
         run, distill, tokenizer = self.run, self.run.distill, self.dataset.tokenizer
+        self.teacher_digest = teacher_digest(run, self.cached)
+        if not self.other_teacher:
+            check_same_teacher(run, self.checkpoints.directory / str(self.start), before, self.teacher_digest)
         self.taught = self.asked = None
         if distill and distill.source != "cache":
             self.taught = load_teacher(run, distill, self.teacher_mesh, state, tokenizer.digest)

@@ -64,7 +64,7 @@ def teach(
     known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(weights, mesh)}
     header = header_of(run, distill, digest, known)
     check_same("teacher, data or recipe", str(header))
-    asked = _Asked(run, distill, taught.teacher, header, mesh, reached)
+    teaching = _Teaching(run, distill, taught.teacher, header, mesh, reached)
     mine, leader = range(part, run.steps, parts), is_leader()
     process, processes, stopping = jax.process_index(), jax.process_count(), False
     with (
@@ -81,9 +81,9 @@ def teach(
                     continue
                 if not all(of_row.all() for of_row in repeated):
                     stop.nothing_to_save = False
-                    asked.about(n, dataset, rows, np.concatenate([repeated[row] for row in rows]), writer)
+                    teaching.ask(n, dataset, rows, np.concatenate([repeated[row] for row in rows]), writer)
                 done = writer.written
-                speed = processes * done.tokens / max(asked.seconds, 1e-9)
+                speed = processes * done.tokens / max(teaching.seconds, 1e-9)
                 advance(f"{speed:,.0f} tokens/s, {done.bytes_per_token:.1f} bytes/token")
                 if stopping := anyone_says(stop.requested.is_set()):
                     break
@@ -117,7 +117,7 @@ def _own_rows(run: RunConfig, mesh: DeviceMesh) -> np.ndarray:
     return rows
 
 
-class _Asked:
+class _Teaching:
     """The teacher, and how long it took."""
 
     def __init__(
@@ -133,7 +133,7 @@ class _Asked:
         self._distill, self._devices, self._reached = distill, mesh.count / jax.process_count(), reached
         self._keyed, self._asked, self._compiled = DrawKeys(header), Asked(run, distill, teacher), False
 
-    def about(self, n: int, dataset: Dataset, rows: np.ndarray, repeated: np.ndarray, writer: TargetWriter) -> None:
+    def ask(self, n: int, dataset: Dataset, rows: np.ndarray, repeated: np.ndarray, writer: TargetWriter) -> None:
         """Writes what it says of these rows of batch n, but for segments that are `repeated` or that the folder has."""
         began = time.monotonic()
         try:
