@@ -161,11 +161,11 @@ class MoE(nnx.Module):
         real_T: jax.Array,
         rows: int | None = None,
         capture: bool = False,
-        first_expert: jax.Array | None = None,
+        repeat: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Output and statistics. `rows`: of the batch that the tokens are of, for the experts' capacity; without, there is
-        no limit. Where the experts' weights are of several layers, `first_expert` is where this layer's begin; no token is
-        padding then.
+        no limit. Where the experts' weights are those of all repeats of the super-block [R,E,...], `repeat` says of which
+        they are used.
         """
         config = self.config
         wide = at_least_float32(x_TD)
@@ -177,23 +177,24 @@ class MoE(nnx.Module):
             balanced = choice_TK.size * self.place.size("context") // rows / config.num_experts
             capacity = math.ceil(config.capacity_factor * balanced)
             kept_TK = within_capacity(choice_TK, rows, config.num_experts, capacity, self.place)
-        expert_TK = kept_TK if first_expert is None else kept_TK + first_expert
-        routed_TD = self.routed(x_TD, expert_TK, score_TK.astype(x_TD.dtype))
+        routed_TD = self.routed(x_TD, kept_TK, score_TK.astype(x_TD.dtype), repeat)
         stats = router_stats(logits_TE, choice_TK, real_T, kept_TK)
         if capture:
             stats = dataclasses.replace(stats, logits_TE=logits_TE)
         return self.shared(x_TD) + routed_TD, stats
 
-    def routed(self, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array) -> jax.Array:
+    def routed(
+        self, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array, repeat: jax.Array | None = None
+    ) -> jax.Array:
         """Sum of the chosen experts on the scaled tokens: sort by expert, grouped SwiGLU wherever the expert is, unsort."""
         T, K = choice_TK.shape
         order_A = jnp.argsort(choice_TK.reshape(-1), stable=True)
         inverse_TK = jnp.zeros(T * K, order_A.dtype).at[order_A].set(jnp.arange(T * K), unique_indices=True)
         inverse_TK = inverse_TK.reshape(T, K)
         experts, dtype = self.experts, x_TD.dtype
-        everywhere = experts.gate.shape[0] * self.place.size("expert")
-        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=everywhere).astype(jnp.int32)
+        sizes_E = jnp.bincount(choice_TK.reshape(-1), length=self.config.num_experts).astype(jnp.int32)
         gate, up, down = (narrowed(w[...], dtype) for w in (experts.gate, experts.up, experts.down))
         rows_AD = dispatch(x_TD, order_A, inverse_TK) * score_TK.reshape(-1)[order_A][:, None]
-        y_AD = expert_parallel(grouped_ffn(self.config.expert_kernel), self.place, rows_AD, (gate, up, down), sizes_E)
+        kernel = grouped_ffn(self.config.expert_kernel)
+        y_AD = expert_parallel(kernel, self.place, rows_AD, (gate, up, down), sizes_E, repeat)
         return combine(y_AD, order_A, inverse_TK)

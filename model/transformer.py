@@ -80,8 +80,8 @@ class Layer(nnx.Module):
         cached: Cached | None = None,
         dropless: bool = False,
     ) -> tuple[jax.Array, RouterStats | None, KeysValues]:
-        """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats in a row, and no
-        capacity limits them; `dropless` says the latter of a whole row.
+        """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats, and no capacity
+        limits them; `dropless` says the latter of a whole row.
         """
         eps = self.config.norm_eps
         attended_BSD, kept = self.attn(rms_norm(x_BSD, self.attn_norm, eps), layout, cached)
@@ -90,13 +90,12 @@ class Layer(nnx.Module):
         if isinstance(self.ffn, SwiGLU):
             return x_BSD + self.place.joined(self.ffn(normed)), None, kept
         real_T = layout.tokens.segment_ids.reshape(-1) > 0
-        first_expert = None if cached is None else cached.repeat * self.config.num_experts
         out_TD, stats = self.ffn(
             normed.reshape(-1, normed.shape[-1]),
             real_T,
             None if dropless or cached else x_BSD.shape[0],
             capture,
-            first_expert,
+            None if cached is None else cached.repeat,
         )
         return x_BSD + self.place.joined(out_TD).reshape(x_BSD.shape), stats, kept
 
@@ -249,13 +248,12 @@ class Transformer(nnx.Module):
         """`decode` of tokens that are embedded already, or of a picture's or a sound's features."""
         layout = Layout.of_next(cache.lengths_B, self.config)
         graph, experts, weights = nnx.split(self.blocks, nnx.PathContains("experts"), ...)
-        # [R, E, ...] -> [R x E, ...], and not scanned over: a repeat's experts would all be copied, to use a few.
-        experts = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), experts)
 
         def super_block(carry, inputs):
             x_BSD, slots = carry
             weights, repeat = inputs
             after = []
+            # Experts are not scanned over: those of a repeat would all be copied, to use a few.
             for layer, of_layer in zip(nnx.merge(graph, experts, weights), slots, strict=True):
                 x_BSD, _, of_layer = layer(x_BSD, layout, cached=Cached(of_layer, repeat))
                 after.append(of_layer)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sharding.place import Place
 
@@ -37,12 +38,20 @@ class _Exchange(NamedTuple):
 
 
 def expert_parallel(
-    compute: Compute, place: Place, rows_AD: jax.Array, weights: Weights, sizes_E: jax.Array
+    compute: Compute,
+    place: Place,
+    rows_AD: jax.Array,
+    weights: Weights,
+    sizes_E: jax.Array,
+    repeat: jax.Array | None = None,
 ) -> jax.Array:
     """`compute` of all rows by all experts, of whose weights each device has an equal part, [E/P, ...].
 
-    `rows_AD` are sorted by expert, the first `sizes_E` of them; what comes after them gives zeros.
+    `rows_AD` are sorted by expert, the first `sizes_E` of them; what comes after them gives zeros. Weights [R, E/P, ...]
+    are of as many layers as the super-block is repeated, of which `repeat` is meant.
     """
+    if repeat is not None or place.outside:
+        return _where_weights_are(compute, place.outside, rows_AD, weights, sizes_E, repeat)
     parts = place.size(AXIS)
     if parts == 1:
         return compute(rows_AD, *weights, sizes_E)
@@ -54,6 +63,41 @@ def expert_parallel(
     result_AD = _one_round(exchange, jnp.zeros((), jnp.int32), rows_AD, weights, sizes_E, jnp.zeros_like(rows_AD))
     further: Any = _further_rounds(exchange, rows_AD, weights, sizes_E, rounds)
     return result_AD + further
+
+
+def _where_weights_are(
+    compute: Compute,
+    mesh: Mesh | AbstractMesh | None,
+    rows_AD: jax.Array,
+    weights: Weights,
+    sizes_E: jax.Array,
+    repeat: jax.Array | None,
+) -> jax.Array:
+    """`compute` without an exchange, outside of `jax.shard_map`: on a mesh every device is given all rows, computes those of
+    its own experts, and the results add up. What other axes than these two split is left to XLA.
+    """
+    E, axes = len(sizes_E), (AXIS,) if repeat is None else ("stage", AXIS)
+    before_E = jnp.cumsum(sizes_E) - sizes_E
+    sizes = sizes_E
+    if repeat is not None:  # [R,E], and zero but for one
+        sizes = jnp.zeros((weights[0].shape[0], E), sizes_E.dtype).at[repeat].set(sizes_E)
+
+    def local(rows_AD: jax.Array, weights: Weights, sizes: jax.Array) -> jax.Array:
+        return compute(rows_AD, *(w.reshape(-1, *w.shape[-2:]) for w in weights), sizes.reshape(-1))
+
+    if not mesh or all(mesh.shape[axis] == 1 for axis in axes):
+        return local(rows_AD, weights, sizes)
+
+    def of_device(rows_AD: jax.Array, weights: Weights, sizes: jax.Array, before_1: jax.Array) -> jax.Array:
+        mine_AD = local(jnp.roll(rows_AD, -before_1, axis=0), weights, sizes)
+        return lax.psum(jnp.roll(mine_AD, before_1, axis=0), axes)
+
+    split, everywhere = PartitionSpec(*axes), PartitionSpec()
+    inputs = everywhere, split, split, PartitionSpec(AXIS)
+    on_all = jax.shard_map(
+        of_device, mesh=mesh, in_specs=inputs, out_specs=everywhere, axis_names=set(axes), check_vma=False
+    )
+    return on_all(rows_AD, weights, sizes, before_E[:: E // mesh.shape[AXIS]])
 
 
 class _Sent(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -56,6 +56,10 @@ class DeviceMesh:
     def alone(cls, device: Any | None = None) -> "DeviceMesh":
         """One device, by default the first."""
         return cls.of([device or jax.devices()[0]], {})
+
+    def outside(self) -> "DeviceMesh":
+        """One device, for a model on weights of this mesh whose code does not run inside `jax.shard_map`; see `Place`."""
+        return replace(DeviceMesh.alone(), place=Place(outside=self.mesh))
 
     @property
     def devices(self) -> list[Any]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 
 from sharding.config import AXES, ROW_AXES
 from sharding.rules import GATHERED, Axes
@@ -37,6 +38,9 @@ class Place:
     """See `MeshConfig`."""
     stage_batches: int = 1
     """See `MeshConfig`."""
+    outside: Mesh | AbstractMesh | None = None
+    """The mesh that the weights are on, for code that runs outside of `jax.shard_map`: XLA splits the work then, but for
+    that of the experts."""
     straddle: bool = True
     """Whether chunks may begin in one device's share of a row and end in another's; see `DataConfig.row_parts`."""
 

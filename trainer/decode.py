@@ -87,7 +87,7 @@ class Decoder:
             lambda w: w if isinstance(w, jax.Array) else jax.device_put(w), (params, router_bias)
         )
         sharding = jax.tree.leaves(self._weights)[0].sharding
-        # Of weights that are split over devices, XLA splits the work as it likes; tokens are for every process.
+        # Where weights are split over devices, tokens are for every process.
         self._everywhere = (
             NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
         )

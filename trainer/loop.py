@@ -490,7 +490,7 @@ class Run:
         if asked:
             about = f" about each of {', '.join(asked)}" if len(asked) > 1 else ""
             self.console.message(f"asking {run.eval.questions} held-out questions{about}, three times")
-            decoder = Decoder(Skeleton(run.model), params, bias)
+            decoder = Decoder(Skeleton(run.model, self.mesh.outside()), params, bias)
             tokenizer = self.dataset.tokenizer
             evaluation |= question_scores(decoder, tokenizer, run.data, run.media, asked, run.eval.questions)
         if lacking := without_targets(self._cache_counts()):

@@ -35,8 +35,7 @@ class Rollout:
         """`ends`: ids that end a document when the student writes them."""
         self._seed, self._distill, self._mesh = run.seed, distill, mesh
         self._ends = np.array(sorted(ends), np.int32)
-        # One device's model on the mesh's weights: XLA splits the work as it likes.
-        self._skeleton = Skeleton(run.model)
+        self._skeleton = Skeleton(run.model, mesh.outside())
         self._rows = mesh.row_order(run.data.batch_size, run.optimizer.accumulate)
         shape = run.data.batch_size, run.data.sequence_length
         self._none = jax.make_array_from_callback(

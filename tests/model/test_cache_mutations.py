@@ -91,8 +91,8 @@ def slots_of_the_first_repeat(patch: Patch) -> None:
 def experts_of_the_first_repeat(patch: Patch) -> None:
     original = moe.MoE.__call__
 
-    def call(self: Any, x_TD: Any, real_T: Any, rows: Any, capture: bool, first_expert: Any) -> Any:
-        return original(self, x_TD, real_T, rows, capture, None if first_expert is None else 0 * first_expert)
+    def call(self: Any, x_TD: Any, real_T: Any, rows: Any, capture: bool, repeat: Any) -> Any:
+        return original(self, x_TD, real_T, rows, capture, None if repeat is None else 0 * repeat)
 
     patch.setattr(moe.MoE, "__call__", call)
 

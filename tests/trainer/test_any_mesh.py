@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from data.tokenizer import load_bytes
 from model.config import ModelConfig
 from sharding.config import MeshConfig
 from tests.oracle_cases import FAST_COMPILE, random_params
+from tests.sharding.collectives import instructions
 from tests.sharding.sameness import CASES, WIDE
 from tests.trainer.processes import metrics
 from tests.trainer.saved_run import micro, nano
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints
 from trainer.config import CheckpointConfig, RunConfig
-from trainer.decode import Decoder
+from trainer.decode import Decoder, Prompt
 from trainer.evaluate import ask, prompt_of
 from trainer.initialise import abstract_state
 from trainer.loop import Run, train
@@ -182,7 +184,7 @@ def test_a_run_with_pictures_and_questions_is_the_same_on_a_mesh(run_on: Any, tm
     pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
     pytest.param({"expert": 4}, marks=pytest.mark.slow),
     pytest.param({"tensor": 2}, marks=pytest.mark.slow),
-    pytest.param({"stage": 2}, marks=pytest.mark.slow),
+    pytest.param({"stage": 2, "expert": 2}, marks=pytest.mark.slow),
     pytest.param({"context": 2, "data": 2}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_questions_are_answered_on_a_mesh_as_on_one_device(mesh: dict[str, int]) -> None:
@@ -190,6 +192,26 @@ def test_questions_are_answered_on_a_mesh_as_on_one_device(mesh: dict[str, int])
     answers = answered(mesh)
     assert answers == answered({"fsdp": 1})
     assert len(set(answers)) == len(answers)
+
+
+@pytest.mark.parametrize("mesh", [
+    {"expert": 4},
+    pytest.param({"tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_token_is_decoded_where_its_experts_are(mesh: dict[str, int]) -> None:
+    """No expert goes from device to device, neither for prompts nor for a token."""
+    run = micro(num_layers=4, hidden_size=256, expert_ffn_size=2048)  # more than two arrays of 64 tokens
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=16), mesh=MeshConfig(**mesh))
+    skeleton = Skeleton(run.model, place_run(run, devices(mesh)))
+    params = jax.device_put(random_params(run.model, seed=3), skeleton.shardings)
+    decoder = Decoder(Skeleton(run.model, skeleton.mesh.outside()), params, {})
+    assert len(list(decoder.stream([Prompt(np.arange(5, dtype=np.int32))], 2))) == 2
+    for program in decoder._programs.values():
+        moved = [
+            sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes))
+            for _, shapes in instructions(program.as_text())
+        ]
+        assert 0 < max(moved) < run.model.hidden_size * run.model.expert_ffn_size
 
 
 @functools.cache
@@ -200,7 +222,7 @@ def _answered(mesh: tuple[tuple[str, int], ...]) -> list[str]:
     params = jax.device_put(random_params(run.model, seed=3), skeleton.shardings)
     questions = heldout_questions("scenes", run.data, run.media, tokenizer, 4)
     prompts = [prompt_of(question, Media(run.media, tokenizer), tokenizer) for question in questions]
-    return ask(Decoder(Skeleton(run.model), params, {}), tokenizer, prompts, most=6)
+    return ask(Decoder(Skeleton(run.model, skeleton.mesh.outside()), params, {}), tokenizer, prompts, most=6)
 
 
 def answered(mesh: dict[str, int]) -> list[str]:
