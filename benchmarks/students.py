@@ -3,10 +3,11 @@
     python -m benchmarks.students [--runs runs/students] [--seeds 3] [--steps 400]
 
 Trains the teacher (configs/tiny_behemoth.py) once, then for every seed, from the same weights and with the same batches,
-configs/tiny_distill.py in four ways: without a teacher, at each of four learning rates, of which the best by held-out loss
-is the control; without one for as many more steps as the teacher's forward passes would have paid for; with the teacher
-beside it; and with its draws from a cache, which `drover teach` fills first. Prints the table of docs/DISTILLATION.md and
-writes the plot beside it, docs/students.svg. What is finished in `--runs` is not done again.
+configs/tiny_distill.py in four ways: without a teacher; with the teacher's draws from a cache, which `drover teach` fills
+first; without a teacher for as many more steps as its forward passes would have paid for; and with the teacher beside it.
+The first two at each of four learning rates: the control is the run without a teacher that has the lowest held-out loss,
+the student has the rate of its config. Prints the tables of docs/DISTILLATION.md and writes the plot beside it,
+docs/students.svg. What is finished in `--runs` is not done again.
 """
 
 import argparse
@@ -14,10 +15,13 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from launch.config_file import load_run
+from trainer.flops import flops_per_token
 
 STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
 LEARNING_RATES = (2e-3, 4e-3, 8e-3, 16e-3)
@@ -112,9 +116,6 @@ class Study:
 
     def cost(self) -> float:
         """FLOPs of a step with the teacher beside the student, over those of a step without."""
-        from launch.config_file import load_run
-        from trainer.flops import flops_per_token
-
         row = [row for row in self.metrics("online", 0) if row["kind"] == "train"][-1]
         student, teacher = (
             flops_per_token(run.model, run.data.sequence_length)
@@ -142,6 +143,26 @@ class Study:
 
 def mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
+
+
+def best_rate(arms: dict[float, Arm]) -> float:
+    """The learning rate with the lowest held-out loss, of text and of pictures together."""
+    return min(arms, key=lambda rate: mean(scores.text + scores.scenes for scores in arms[rate].values()))
+
+
+def rates_table(controls: dict[float, Arm], students: dict[float, Arm]) -> str:
+    """Held-out losses at each learning rate: means, the smallest and the largest."""
+
+    def cells(arm: Arm) -> Iterator[str]:
+        for field in ("text", "scenes"):
+            values = [getattr(scores, field) for scores in arm.values()]
+            yield f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    lines = ["| learning rate | text, alone | taught | pictures, alone | taught |", "|---|---|---|---|---|"]
+    for rate in controls:
+        pairs = zip(cells(controls[rate]), cells(students[rate]), strict=True)
+        lines.append("| " + " | ".join((f"{rate:g}", *(cell for pair in pairs for cell in pair))) + " |")
+    return "\n".join(lines)
 
 
 def line(name: str, tokens: float, compute: float, arm: Arm, control: Arm) -> str:
@@ -195,20 +216,21 @@ def main() -> None:
     options = parser.parse_args()
     study = Study(options.runs, options.steps, options.seeds)
     study.train_teacher()
-    online = study.arm("online", {"distill.draws": 0})
-    alone: Options = {"distill": None}
-    controls = {rate: study.arm(f"alone-{rate:g}", alone | {"optimizer.peak_lr": rate}) for rate in LEARNING_RATES}
-    best = min(controls, key=lambda rate: mean(s.text + s.scenes for s in controls[rate].values()))
-    control, cost = controls[best], study.cost()
-    longer = study.arm("longer", alone | {"optimizer.peak_lr": best}, round(cost * study.steps))
     study.teach()
-    cached = study.arm("cached", {"distill.source": "cache", "distill.cache": study.cache})
+    from_cache: Options = {"distill.source": "cache", "distill.cache": study.cache}
+    own_rate = load_run(STUDENT, {}).optimizer.peak_lr
+    rates = sorted({*LEARNING_RATES, own_rate})
+    controls, students = (
+        {rate: study.arm(f"{name}-{rate:g}", {**others, "optimizer.peak_lr": rate}) for rate in rates}
+        for name, others in (("alone", {"distill": None}), ("cached", from_cache))
+    )
+    best = best_rate(controls)
+    control, cached = controls[best], students[own_rate]
+    online = study.arm("online", {"distill.draws": 0})
+    cost = study.cost()
+    longer = study.arm("longer", {"distill": None, "optimizer.peak_lr": best}, round(cost * study.steps))
 
-    for rate, arm in controls.items():
-        columns = {field: [getattr(s, field) for s in arm.values()] for field in ("text", "scenes")}
-        text, scenes = (f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for values in columns.values())
-        chosen = ", the control" if rate == best else ""
-        print(f"no teacher, learning rate {rate:g}: text {text}, pictures {scenes}{chosen}")
+    print(f"{rates_table(controls, students)}\n\ncontrol: {best:g}, student: {own_rate:g}")
     taught = Scores.of(study.teacher)
     print(f"teacher: text {taught.text:.3f}, pictures {taught.scenes:.3f}, questions {100 * taught.right:.1f} %\n")
     print("| | tokens | compute | text, nats | pictures, nats | questions right, % |\n|---|---|---|---|---|---|")
@@ -216,7 +238,12 @@ def main() -> None:
     print(line("no teacher, for as much compute", cost, cost, longer, control))
     print(line("teacher beside the student", 1, cost, online, control))
     print(line(f"teacher's {DRAWS} draws from the cache", 1, cost, cached, control))
-    shown = {f"alone-{best:g}": "no teacher", "longer": "no teacher, longer", "online": "teacher", "cached": "cache"}
+    shown = {
+        f"alone-{best:g}": "no teacher",
+        "longer": "no teacher, longer",
+        "online": "teacher",
+        f"cached-{own_rate:g}": "cache",
+    }
     PLOT.write_text(plot(study, shown))
     print(f"\nplot: {PLOT}")
 

@@ -39,15 +39,15 @@ def get_config() -> ConfigDict:
             steps=400,
             model=MODEL,
             data=DATA,
-            # At first the teacher shows more than the next token does; in the end the truth is sharper than the teacher.
+            # At first the teacher shows more than the next token does; in the end the truth counts as much.
             distill=DistillConfig(
                 teacher="runs/tiny_behemoth",
                 teacher_dtype="float32",
                 draws=12,
                 soft_weight=0.8,
-                final_soft_weight=0.0,
+                final_soft_weight=0.5,
             ),
-            optimizer=OptimizerConfig(peak_lr=8e-3, warmup_steps=40),
+            optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=40),
             checkpoint=CheckpointConfig(every_steps=200),
             eval=EvalConfig(every_steps=100, questions=384),
             log=LogConfig(every_steps=5),
