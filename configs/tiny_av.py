@@ -5,12 +5,12 @@
 The model of configs/tiny.py with an audio encoder beside its vision encoder. Text, drawn scenes, clips of a shape that
 moves one of eight ways, and two to four digits as tones, made on the spot.
 
-Last run on two cores of a shared AMD EPYC (Python 3.11.2, jax 0.10.2, float32): 14:22 minutes of processor time. It ran beside
-much other work, so how long it takes on two idle cores was not measured. Held-out questions answered right after 1300 steps,
-for combinations that training shows / never shows, with another question's file, and by the best guess:
+Last run alone on two cores of a shared AMD EPYC (Python 3.11.2, jax 0.10.2, float32): 15:05 minutes, in an hour in which
+configs/tiny.py took 11:25 there instead of its 8:09. Held-out questions answered right after 1300 steps, for combinations that
+training shows / never shows, with another question's file, and by the best guess:
 
     motion    100 % / 100 %   shuffled 12 %   chance 18 %
-    digit     100 % / 100 %   shuffled  3 %   chance 11 %
+    digit     100 % /  98 %   shuffled  3 %   chance 11 %
     digits    100 % / 100 %   shuffled  0 %   chance  2 %
 
 Motion is learned all of a sudden, once the model sees where in a frame things are. With a little text and few scenes among the
