@@ -125,7 +125,7 @@ def interleaved_query_groups(patch: Patch) -> None:
 def score_on_the_expert_output(patch: Patch) -> None:
     original = moe.MoE.routed
 
-    def routed(self: Any, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array) -> jax.Array:
+    def routed(self: Any, x_TD: jax.Array, choice_TK: jax.Array, score_TK: jax.Array, repeat: None) -> jax.Array:
         each = range(choice_TK.shape[1])
         one = jnp.ones_like(score_TK[:, :1])
         parts = [score_TK[:, i : i + 1] * original(self, x_TD, choice_TK[:, i : i + 1], one) for i in each]
