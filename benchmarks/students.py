@@ -25,7 +25,6 @@ from trainer.flops import flops_per_token
 
 STUDENT, TEACHER = "configs/tiny_distill.py", "configs/tiny_behemoth.py"
 LEARNING_RATES = (2e-3, 4e-3, 8e-3, 16e-3)
-DRAWS = 12
 PLOT = Path("docs/students.svg")
 
 
@@ -218,7 +217,9 @@ def main() -> None:
     study.train_teacher()
     study.teach()
     from_cache: Options = {"distill.source": "cache", "distill.cache": study.cache}
-    own_rate = load_run(STUDENT, {}).optimizer.peak_lr
+    student = load_run(STUDENT, {})
+    assert student.distill
+    own_rate = student.optimizer.peak_lr
     rates = sorted({*LEARNING_RATES, own_rate})
     controls, students = (
         {rate: study.arm(f"{name}-{rate:g}", {**others, "optimizer.peak_lr": rate}) for rate in rates}
@@ -237,7 +238,7 @@ def main() -> None:
     print(line("no teacher", 1, 1, control, control))
     print(line("no teacher, for as much compute", cost, cost, longer, control))
     print(line("teacher beside the student", 1, cost, online, control))
-    print(line(f"teacher's {DRAWS} draws from the cache", 1, cost, cached, control))
+    print(line(f"teacher's {student.distill.draws} draws from the cache", 1, cost, cached, control))
     shown = {
         f"alone-{best:g}": "no teacher",
         "longer": "no teacher, longer",
