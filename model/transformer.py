@@ -37,6 +37,7 @@ Medium = Literal["image", "audio"]
 
 
 ALONE = Place()
+EXPERTS = nnx.PathContains("experts")
 """One device, with all weights."""
 
 Encoder = TypeVar("Encoder", Vision, Audio)
@@ -78,10 +79,10 @@ class Layer(nnx.Module):
         layout: Layout,
         capture: bool = False,
         cached: Cached | None = None,
-        dropless: bool = False,
+        repeat: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None, KeysValues]:
-        """The third is what `Attention` gives. With `cached`, the experts' weights are those of all repeats, and no capacity
-        limits them; `dropless` says the latter of a whole row.
+        """The third is what `Attention` gives. With `repeat`, that of the super-block which the layer is in, the experts'
+        weights are those of all repeats, and no capacity limits them.
         """
         eps = self.config.norm_eps
         attended_BSD, kept = self.attn(rms_norm(x_BSD, self.attn_norm, eps), layout, cached)
@@ -93,9 +94,9 @@ class Layer(nnx.Module):
         out_TD, stats = self.ffn(
             normed.reshape(-1, normed.shape[-1]),
             real_T,
-            None if dropless or cached else x_BSD.shape[0],
+            x_BSD.shape[0] if repeat is None else None,
             capture,
-            None if cached is None else cached.repeat,
+            repeat,
         )
         return x_BSD + self.place.joined(out_TD).reshape(x_BSD.shape), stats, kept
 
@@ -247,7 +248,7 @@ class Transformer(nnx.Module):
     def decode_embedded(self, embedded_BD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """`decode` of tokens that are embedded already, or of a picture's or a sound's features."""
         layout = Layout.of_next(cache.lengths_B, self.config)
-        graph, experts, weights = nnx.split(self.blocks, nnx.PathContains("experts"), ...)
+        graph, experts, weights = nnx.split(self.blocks, EXPERTS, ...)
 
         def super_block(carry, inputs):
             x_BSD, slots = carry
@@ -255,7 +256,7 @@ class Transformer(nnx.Module):
             after = []
             # Experts are not scanned over: those of a repeat would all be copied, to use a few.
             for layer, of_layer in zip(nnx.merge(graph, experts, weights), slots, strict=True):
-                x_BSD, _, of_layer = layer(x_BSD, layout, cached=Cached(of_layer, repeat))
+                x_BSD, _, of_layer = layer(x_BSD, layout, cached=Cached(of_layer, repeat), repeat=repeat)
                 after.append(of_layer)
             return (x_BSD, tuple(after)), None
 
@@ -286,13 +287,14 @@ class Transformer(nnx.Module):
         keep: Callable[[LayerKind, KeysValues], KeysValues] | None = None,
     ) -> tuple[Output, Any]:
         """All layers and the final norm; and, for each layer of the super-block, stacked over its repeats, what `keep`
-        makes of the layer's keys and values."""
-        config, (graph, weights) = self.config, nnx.split(self.blocks)
+        makes of the layer's keys and values. Then experts are not scanned over, so that on a mesh they stay where they are."""
+        config = self.config
+        graph, experts, weights = nnx.split(self.blocks, EXPERTS if keep else nnx.Nothing(), ...)
 
-        def super_block(x_BSD, weights, layout):
+        def super_block(x_BSD, weights, layout, repeat=None):
             outputs, stats, kept = [], [], []
-            for layer in nnx.merge(graph, whole(self.place, weights, config.dtype)):
-                x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture, dropless=keep is not None)
+            for layer in nnx.merge(graph, experts, whole(self.place, weights, config.dtype)):
+                x_BSD, layer_stats, tokens = layer(x_BSD, layout, capture, repeat=repeat)
                 outputs += [x_BSD] if capture else []
                 stats += [layer_stats] if layer_stats else []
                 kept += [keep(layer.kind, tokens)] if keep else []
@@ -302,8 +304,9 @@ class Transformer(nnx.Module):
             x_BSD, stats = self._pipelined(super_block, embedded_BSD, layout.tokens, weights)
             layers = kept = None
         else:
-            recomputed = self._recomputed(lambda x_BSD, weights: super_block(x_BSD, weights, layout))
-            x_BSD, (layers, stats, kept) = self._scan(recomputed, embedded_BSD, weights)
+            recomputed = self._recomputed(lambda x_BSD, inputs: super_block(x_BSD, inputs[0], layout, inputs[1]))
+            numbers = jnp.arange(self._repeats) if keep else None
+            x_BSD, (layers, stats, kept) = self._scan(recomputed, embedded_BSD, (weights, numbers))
         # [R, layers of a super-block, ...] -> [layers, ...]
         layers, stats = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (layers, stats))
         return Output(self._normed(x_BSD), stats, layers, embedded_BSD if capture else None), kept
