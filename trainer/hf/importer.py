@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DataConfig
+from data.sources import load_tokenizer
 from trainer.config import RunConfig
 from trainer.hf.descriptions import image_options
 from trainer.hf.files import INDEX, finished_or_absent
 from trainer.hf.load import HfModel, open_model
 from trainer.hf.table import Leaf, table
+from trainer.initialise import check_same_tokenizer
 from trainer.progress import byte_bar
 from trainer.rundir import RunDirectory, write_json
 from trainer.sections import to_plain
@@ -31,7 +33,8 @@ def import_checkpoint(source: Path, target: Path, run: RunConfig | None, copied:
     Args:
         source: Hugging Face directory; see `trainer.hf.load.open_model`.
         target: a new or empty directory.
-        run: the run to start from these weights, whose model must be that of `source`; None for defaults around it.
+        run: the run to start from these weights, whose model and tokenizer must be those of `source`; None for
+            defaults around it.
         copied: called with a line about each thing that is not what one might expect.
 
     Raises:
@@ -43,6 +46,10 @@ def import_checkpoint(source: Path, target: Path, run: RunConfig | None, copied:
             f"{source} has no tokenizer.json: the model can be scored on token ids and exported, but not prompted "
             "with text, and runs that start from it cannot be told whether their tokenizer is the right one."
         )
+    elif run:
+        # Training would refuse another one, after everything has been copied.
+        ours = load_tokenizer(run.data, run.media).digest
+        check_same_tokenizer(f"{found.directory}/tokenizer.json", found.tokenizer.digest, ours)
     with finished_or_absent(target, found.nbytes) as partial:
         run = run or default_run(found, target)
         directory = RunDirectory(partial)
