@@ -147,8 +147,8 @@ class TargetWriter:
                 lock = _locked(path, os.O_RDWR)
                 if lock is None:
                     raise UserError(
-                        f"{path}: is being written by another process. End that one first; or give each process a number "
-                        "of its own."
+                        f"{path}: is being written by another process. End that one first. Parts at the same time have to be "
+                        "different ones, of as many processes each."
                     )
                 if not path.with_suffix(SUFFIX).exists():  # it may have come before the lock was free
                     _remove_unfinished(path)

@@ -55,7 +55,9 @@ def _add_train(subparsers: Any) -> tuple[str, Command]:
     train.flag("--config", required=True, **_FILE)
     train.flag("--workdir", **_DIRECTORY, help="run directory (default: runs/NAME, by the name in the configuration)")
     train.flag(
-        "--allow-config-change", action="store_true", help="go on although the run was started with another config"
+        "--allow-config-change",
+        action="store_true",
+        help="go on although the run was started with another config or teacher",
     )
     _add_process_flags(train)
     return "train", train

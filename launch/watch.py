@@ -169,7 +169,7 @@ class Watch:
 
 def _said(place: Place) -> str:
     step, part = place
-    return f"step {step}, part {part} (held-out data, a save)" if part else f"step {step}"
+    return f"step {step}, part {part} (held-out data, a save, a cache)" if part else f"step {step}"
 
 
 def connect(

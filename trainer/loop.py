@@ -57,7 +57,7 @@ from trainer.targets import (
     outcomes,
     teacher_digest,
 )
-from trainer.teacher import check_same_teacher, load_teacher
+from trainer.teacher import as_of_now, check_same_teacher, load_teacher
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "tokenizers")
 
@@ -177,7 +177,7 @@ class Run:
             run, skeleton, self.checkpoints, self._data_facts(), self.dataset.tokenizer.digest
         )
         self.start = start
-        self._load_teacher(state_shapes, saved.get("teacher"))
+        teacher_notes = self._load_teacher(state_shapes, saved.get("teacher"))
         taught_by = self.teacher_digest, self.cached and self.cached.header.digest.hex()
         check_same(
             "config, data, tokenizer, teacher or cache of targets",
@@ -198,7 +198,7 @@ class Run:
         self.console = Console(run, self.directory.root, self.facts, file=shown)
         # Before the compilation: a run may end there, or in its first step, for want of memory.
         self.console.banner()
-        for note in self.notes:
+        for note in self.notes + teacher_notes:
             self.console.message(note)
         sources = len(self.dataset.source_names)
         compile_start = time.perf_counter()
@@ -236,24 +236,29 @@ class Run:
         self.reached(self.step)  # those who still read it are behind
         return self.mesh.put(share, self.run.data.batch_size)
 
-    def _load_teacher(self, state: TrainState, before: str | None) -> None:
-        """The teacher that computes in this run, and what asks it or writes for it.
+    def _load_teacher(self, state: TrainState, before: str | None) -> list[str]:
+        """The teacher that computes in this run, and what asks it or writes for it; returns what to tell about it.
 
         Args:
             state: shapes of the student's.
             before: digest of the teacher that the checkpoint learned from.
         """
         run, distill, tokenizer = self.run, self.run.distill, self.dataset.tokenizer
-        self.teacher_digest = teacher_digest(run, self.cached)
-        if not self.other_teacher:
-            check_same_teacher(run, self.checkpoints.directory / str(self.start), before, self.teacher_digest)
-        self.taught = self.asked = None
-        if distill and distill.source != "cache":
+        self.taught = self.asked = self.teacher_digest = None
+        if not distill:
+            return []
+        if distill.source != "cache":
+            distill = as_of_now(distill)
+        self.teacher_digest = teacher_digest(distill, self.cached)
+        checkpoint = self.checkpoints.directory / str(self.start)
+        notes = check_same_teacher(distill, checkpoint, before, self.teacher_digest, self.other_teacher)
+        if distill.source != "cache":
             self.taught = load_teacher(run, distill, self.teacher_mesh, state, tokenizer.digest)
             if self.apart:
                 self.asked = Asked(run, distill, self.taught.teacher)
             if distill.on_policy:
                 self.rollout = Rollout(run, distill, self.mesh, tokenizer.special.values())
+        return notes
 
     def _lessons(self, stack: contextlib.ExitStack) -> Callable[[Batch], Batch]:
         """What gives batches the targets of a teacher, or what it needs for them."""

@@ -28,6 +28,13 @@ def leader_says(answer: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
+def leaders(number: int) -> int:
+    """The leader's whole number, below 2^31, in every process. All have to ask."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+
+
 def anyone_says(answer: bool) -> bool:
     """Whether any process says yes. All have to ask."""
     if jax.process_count() == 1:

@@ -44,11 +44,11 @@ def header_of(run: RunConfig, distill: DistillConfig, tokenizer_digest: str, tea
     )
 
 
-def teacher_digest(run: RunConfig, cached: "CachedSource | None") -> str | None:
-    """Of the teacher that the run learns from, beside it or through a cache; None without one, or where a cache names none."""
+def teacher_digest(distill: DistillConfig, cached: "CachedSource | None") -> str | None:
+    """Of the teacher that a run learns from, beside it or through a cache; None where a cache names none."""
     if cached:
         return cached.header.teacher.get("digest")
-    return identity(Path(run.distill.teacher).expanduser())["digest"] if run.distill else None
+    return identity(Path(distill.teacher).expanduser())["digest"]
 
 
 def cut_of(run: RunConfig) -> dict[str, Any]:

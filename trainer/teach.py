@@ -24,10 +24,11 @@ from trainer.placement import place_run
 from trainer.processes import anyone_says, check_same, is_leader, sum_of_all, wait_for_all
 from trainer.progress import prepare_bar, work_bar
 from trainer.runtime import configure_jax
+from trainer.sections import to_plain
 from trainer.signals import TERMINATED, StopRequest
 from trainer.step import Teacher
 from trainer.targets import DrawKeys, header_of
-from trainer.teacher import identity, load_teacher
+from trainer.teacher import as_of_now, identity, load_teacher
 
 
 def teach(
@@ -39,7 +40,8 @@ def teach(
     may run at the same time, on one machine or on many, and do nothing twice. The processes of a part, which have the
     teacher together, write the segments of their own rows each.
 
-    `reached` is called with the number of every batch that the teacher is asked about, from 1.
+    `reached` is called with the number of every batch once it is read, from 1, and again when what the teacher said of it is
+    written.
 
     Raises:
         UserError: the run has no teacher or no sparse targets; rows are shared by processes; see `load_teacher` and
@@ -59,11 +61,16 @@ def teach(
     with prepare_bar("preparing built-in data") as tell:
         dataset = build_dataset(run.data, run.media, "train", tell=tell)
     digest = dataset.tokenizer.digest
+    check_same(
+        "config, data or --part (parts are commands of their own, which know nothing of each other)",
+        f"{to_plain(run)} {dataset.digest} {dataset.digests} {digest} {part}/{parts}",
+    )
+    distill = as_of_now(distill)
     taught = load_teacher(run, distill, mesh, None, digest)
     weights = taught.teacher.params, taught.teacher.router_bias
     known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(weights, mesh)}
     header = header_of(run, distill, digest, known)
-    check_same("teacher, data or recipe", str(header))
+    check_same("teacher or recipe", str(header))
     teaching = _Teaching(run, distill, taught.teacher, header, mesh, reached)
     mine, leader = range(part, run.steps, parts), is_leader()
     process, processes, stopping = jax.process_index(), jax.process_count(), False
@@ -130,7 +137,7 @@ class _Teaching:
         reached: Callable[[int], None],
     ):
         self.seconds = 0.0
-        self._distill, self._devices, self._reached = distill, mesh.count / jax.process_count(), reached
+        self._distill, self._devices, self._reached = distill, mesh.count, reached
         self._keyed, self._asked, self._compiled = DrawKeys(header), Asked(run, distill, teacher), False
 
     def ask(self, n: int, dataset: Dataset, rows: np.ndarray, repeated: np.ndarray, writer: TargetWriter) -> None:
@@ -140,28 +147,30 @@ class _Teaching:
             batch = dataset.batch(n, rows.tolist())
             segments = self._keyed.segments(batch)
             left = ~(repeated | writer.done([segment.digest for segment in segments]))
-            if not anyone_says(bool(left.any())):
+            self._reached(n + 1)  # those who still read it are behind
+            (asking,) = sum_of_all([left.any()])
+            if not asking:
                 return
             placed = self._asked.put(self._keyed(batch, segments))
             if not self._compiled:
                 self._asked.compile(placed)
                 wait_for_all("compiled")
                 self._compiled = True
-            self._reached(n + 1)
             targets = self._asked.fetch(self._asked(placed))
-            _check_kept(self._distill, n, batch, targets)
+            _check_kept(self._distill, n, rows, batch, targets)
         except UserError:
             writer.finish_shard()  # what it said of the batches before stays
             raise
         chosen = [segment for segment, new in zip(segments, left, strict=True) if new]
         records = [_record(self._distill, batch, targets, *segment[:3]) for segment in chosen]
         seconds = time.monotonic() - began
-        writer.add([segment.digest for segment in chosen], records, seconds * self._devices)
+        writer.add([segment.digest for segment in chosen], records, seconds * self._devices / asking)
+        self._reached(n + 1)
         self.seconds += seconds
 
 
-def _check_kept(distill: DistillConfig, n: int, batch: Batch, targets: Targets) -> None:
-    """Refuses a batch of which the teacher says what is no number, or none that a record holds; nothing of it is kept."""
+def _check_kept(distill: DistillConfig, n: int, rows: np.ndarray, batch: Batch, targets: Targets) -> None:
+    """Refuses these rows of batch n if the teacher says of them what is no number, or none that a record holds."""
     for values, says, cure in (
         (
             np.stack([targets.target_log_prob_T, targets.entropy_T], axis=-1),
@@ -178,8 +187,8 @@ def _check_kept(distill: DistillConfig, n: int, batch: Batch, targets: Targets) 
         if wrong.any():
             row, place = np.argwhere(wrong)[0]
             raise UserError(
-                f"distill.teacher: {distill.teacher} {says} {wrong.sum():,} of {wrong.size:,} tokens of batch {n}, first in "
-                f"row {row} at {place}. Nothing of this batch was kept. {cure}"
+                f"distill.teacher: {distill.teacher} {says} {wrong.sum():,} of {wrong.size:,} tokens of "
+                f"{len(rows)} rows of batch {n}, first in row {rows[row]} at {place}. Nothing was kept of these rows. {cure}"
             )
 
 

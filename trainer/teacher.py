@@ -25,6 +25,7 @@ from trainer.hf.load import open_model
 from trainer.initialise import check_same_tokenizer, check_tokenizer
 from trainer.memory import check_memory, tree_bytes
 from trainer.placement import cures, mesh_problems, of_teacher
+from trainer.processes import leaders
 from trainer.quantise import in_int8, to_read
 from trainer.step import Params, Skeleton, Teacher, TrainState
 
@@ -65,17 +66,37 @@ def identity(path: Path) -> dict[str, str]:
     return {"name": f"{folder.parent.name}, step {step}", "digest": digest.hexdigest()}
 
 
-def check_same_teacher(run: RunConfig, checkpoint: Path, saved: str | None, found: str | None) -> None:
-    """Refuses to go on from a checkpoint that learned from another teacher (`identity`), where both are known."""
-    if saved and found and saved != found:
-        assert run.distill
-        option = "cache" if run.distill.source == "cache" else "teacher"
-        raise UserError(
-            f"distill.{option}: found {getattr(run.distill, option)!r}, whose teacher has the digest {found}; expected "
-            f"{saved}, from which checkpoint {checkpoint} learned. A run directory stands for its newest checkpoint, which may "
-            "have come since: name the one of then (distill.teacher=RUN/checkpoints/STEP), or give --allow-config-change to go "
-            "on with this one."
-        )
+def as_of_now(distill: DistillConfig) -> DistillConfig:
+    """The same with the teacher's checkpoint in place of its run directory, which stands for the newest: another one may come
+    while this run starts, and every process has to have the same. All have to ask.
+
+    Raises:
+        UserError: nothing there.
+    """
+    path = _existing(Path(distill.teacher).expanduser())
+    if any(path.glob("*.safetensors")):
+        return distill
+    folder, step = locate(path)
+    return dataclasses.replace(distill, teacher=str(folder / str(leaders(step))))
+
+
+def check_same_teacher(
+    distill: DistillConfig, checkpoint: Path, saved: str | None, found: str | None, allowed: bool
+) -> list[str]:
+    """Refuses to go on from a checkpoint that learned from another teacher (`identity`), where both are known; where that is
+    `allowed`, the line that tells of it."""
+    if not saved or not found or saved == found:
+        return []
+    option, cure = "teacher", "Name the checkpoint of then (distill.teacher=RUN/checkpoints/STEP)"
+    if distill.source == "cache":
+        option, cure = "cache", "Name a cache that this teacher filled"
+    differs = (
+        f"distill.{option}: found {getattr(distill, option)!r}, whose teacher has the digest {found}; expected {saved}, from "
+        f"which checkpoint {checkpoint} learned."
+    )
+    if allowed:
+        return [f"{differs} It goes on with this one, by --allow-config-change."]
+    raise UserError(f"{differs} {cure}, or give --allow-config-change to go on with this one.")
 
 
 def _samples(tensor: FileTensor) -> bytes:

@@ -176,7 +176,7 @@ def test_when_a_process_dies_or_hangs_the_others_say_which_and_end(
 @pytest.mark.parametrize(("batch", "trouble", "status", "words"), [
     ("n == 4", "raise UserError('a batch is broken.')", 2, "process 1: drover train: a batch is broken."),
     ("n == 4", "time.sleep(3600)", 3, "is alive, but has not gone on from step 4"),
-    ("self._again[2]", "time.sleep(3600)", 3, "others wait for it at step 6, part 1 (held-out data, a save)"),
+    ("self._again[2]", "time.sleep(3600)", 3, "others wait for it at step 6, part 1 (held-out data, a save, a cache)"),
 ])  # fmt: skip
 def test_a_process_that_fails_or_is_stuck_does_not_leave_the_others_waiting(
     batch: str, trouble: str, status: int, words: str, tmp_path: Path

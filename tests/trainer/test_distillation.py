@@ -42,7 +42,7 @@ from trainer.objective import SAMPLED, extras_for, next_token_objective, without
 from trainer.objective import metrics as metrics_of
 from trainer.sections import from_plain, to_plain
 from trainer.step import Skeleton, Teacher, loss_and_gradient
-from trainer.teacher import identity, load_teacher
+from trainer.teacher import as_of_now, identity, load_teacher
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
 STUDENT = dataclasses.replace(TINY, num_layers=2, moe_layer_step=2, nope_layer_step=2, vision=VISION, **FLOAT64)
@@ -303,7 +303,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_begins_where_that_teacher_is(
     assert abs(first) < 1e-5 and later[-1] > 1e-4  # the target that is given moves it away
 
 
-def test_a_run_does_not_go_on_with_another_teacher_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_go_on_with_another_teacher_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     run = nano(distill=DistillConfig(teacher=str(teacher), teacher_dtype="float32"))
@@ -318,7 +320,19 @@ def test_a_run_does_not_go_on_with_another_teacher_unasked(tmp_path: Path, monke
         UserError, match=rf"distill.teacher: found .*expected {digest}, from which checkpoint .*/{run.steps} learned"
     ):
         train(run, student)
+    capsys.readouterr()
     train(run, student, allow_config_change=True)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"expected {digest}, from which checkpoint" in told and "It goes on with this one" in told
+
+
+def test_a_teacher_is_the_checkpoint_that_was_the_newest(tmp_path: Path) -> None:
+    save_run(tmp_path, nano())
+    distill = as_of_now(DistillConfig(teacher=str(tmp_path)))
+    before = identity(Path(distill.teacher))
+    shutil.copytree(tmp_path / "checkpoints/0", tmp_path / "checkpoints/7")
+    assert identity(Path(distill.teacher)) == before and as_of_now(distill) == distill
+    assert Path(as_of_now(DistillConfig(teacher=str(tmp_path))).teacher).name == "7"
 
 
 def test_targets_of_segments_are_not_asked_of_a_teacher_to_whom_the_place_in_the_row_matters(tmp_path: Path) -> None:

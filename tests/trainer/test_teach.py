@@ -386,6 +386,26 @@ def test_a_teacher_that_says_what_is_no_number_keeps_nothing(tmp_path: Path) -> 
     assert not list((tmp_path / "cache").glob("*.array_record"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [
+    "seed = run.seed + 1; teach(dataclasses.replace(run, seed=seed), *others, **options)",
+    "folder, _, parts = others; teach(run, folder, 1, parts, **options)",
+])  # fmt: skip
+def test_processes_that_have_the_teacher_together_have_one_command(other: str, teacher: Path, tmp_path: Path) -> None:
+    """Where each had a part of its own, say, half of the work would be left."""
+    config = tmp_path / "other.py"
+    config.write_text(
+        "import dataclasses, os, trainer.teach\nfrom tests.nano import get_config\nteach = trainer.teach.teach\n"
+        f"def of_second(run, *others, **options):\n    {other}\n"
+        "if os.environ.get('DROVER_PROCESS_ID') == '1':\n    trainer.teach.teach = of_second\n"
+    )
+    given = options(teacher, "--part=1/2", "--processes=2")
+    process = start(tmp_path / "cache", *given, command="teach", folder="--out", config=str(config), steps=6)
+    output = finish(process, 2)
+    assert "processes 1 of 2: found another config, data or --part" in output, output
+    assert not list(tmp_path.glob("cache/*"))
+
+
 def test_a_weight_that_no_record_holds_is_refused() -> None:
     """That of a target which is not learned does not matter."""
     distill, batch = DistillConfig(teacher="big", draws=2, proposal=0.1), {"loss_weights": np.array([[0.0, 1.0, 1.0]])}
@@ -393,13 +413,13 @@ def test_a_weight_that_no_record_holds_is_refused() -> None:
     facts = np.zeros((1, 3)), np.zeros((1, 3)), np.zeros((1, 3), bool)
     for last, words in (
         (2, None),
-        (3, r"above 65,504, .* to 1 of 2 .* batch 7, first in row 0 at 1.*proposal nearer to 1"),
+        (3, r"above 65,504, .* to 1 of 2 .* batch 7, first in row 3 at 1.*proposal nearer to 1"),
     ):
         held = {name: array[:, last - 2 : last] for name, array in batch.items()}
         arrays: list[Any] = [weights, weights[:, last - 2 : last], weights]
         found = DrawnTargets(*arrays + [fact[:, last - 2 : last] for fact in facts])
         with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
-            trainer.teach._check_kept(distill, 7, held, found)
+            trainer.teach._check_kept(distill, 7, np.array([3]), held, found)
 
 
 def test_teach_refuses_what_it_cannot_keep(teacher: Path, cache: Path, tmp_path: Path) -> None:

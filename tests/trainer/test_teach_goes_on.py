@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 import trainer.progress
 import trainer.teach
-from data.pipeline import Batch, build_dataset
+from data.pipeline import Batch, Dataset, build_dataset
 from data.target_cache import Header, Lack, describe, finished_shards
-from data.target_writer import _Shard
+from data.target_writer import TargetWriter, _Shard
 from model.sampled_targets import Targets
 from sharding.errors import UserError
 from tests.trainer.saved_run import micro, nano
@@ -60,6 +62,7 @@ class Answers:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.teach, "Asked", Answers)
     monkeypatch.setattr(trainer.teach, "SHARD_BYTES", 6000)
+    monkeypatch.setattr(trainer.teach, "as_of_now", lambda distill: distill)
     monkeypatch.setattr(trainer.teach, "identity", lambda path: {"name": path.name, "digest": "made up"})
     monkeypatch.setattr(trainer.teach, "fingerprint", lambda *_: "made up")
     loaded = SimpleNamespace(teacher=SimpleNamespace(params={}, router_bias={}), origin="made up")
@@ -138,6 +141,31 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_records(
     assert describe(tmp_path / "stopped")["segments"] == 24
     assert records(taught(nano(), tmp_path / "stopped")) == records(whole)
     assert files(tmp_path / "stopped") != files(whole)  # the shard that it was at ended there
+
+
+def test_the_watch_is_told_before_processes_meet(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one that is stuck in its data or in a file system is at another place than those who wait for it."""
+    told: list[str] = []
+
+    def tell(word: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **options: Any) -> Any:
+            result = function(*given, **options)
+            told.append(word)
+            return result
+
+        return called
+
+    for owner, name, word in (
+        (Dataset, "batch", "read"),
+        (TargetWriter, "add", "written"),
+        (trainer.teach, "anyone_says", "met"),
+        (trainer.teach, "sum_of_all", "met"),
+    ):
+        monkeypatch.setattr(owner, name, tell(word, getattr(owner, name)))
+    run = dataclasses.replace(nano(), distill=DistillConfig(teacher="made up", draws=12))
+    teach(run, tmp_path, reached=lambda batch: told.append(f"at {batch}"))
+    ways = [["read", f"at {n}", "met", "written", f"at {n}", "met"] for n in range(1, run.steps + 1)]
+    assert told == [*itertools.chain(*ways), "met"]  # the last sums up
 
 
 def test_parts_at_the_same_time_do_nothing_twice_in_later_epochs(quick: None, tmp_path: Path) -> None:
