@@ -7,6 +7,7 @@ at most `most` bytes; of a Parquet file, a page of each column beside, as large 
 
 import itertools
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -138,14 +139,22 @@ def _raise(error: OSError) -> None:
 
 
 def _no_file(path: Path) -> Rejected | None:
-    """Why a file with records is not opened, in a folder; of a pipe, it would wait for ever."""
-    if path.is_symlink():
+    """Why a file with records is not opened, in a folder; of a pipe, it would wait for ever.
+
+    Raises:
+        UserError: it is gone since it was found.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: is gone, and was there when the work began. Put it back; the same command goes on where it was."
+        ) from error
+    if stat.S_ISLNK(mode):
         return Rejected("link", f"{path.name}: is a link. Name the file that it leads to as a source of its own.")
-    return (
-        None
-        if path.is_file()
-        else Rejected("file type", f"{path.name}: is no regular file, though it is named like one")
-    )
+    if not stat.S_ISREG(mode):
+        return Rejected("file type", f"{path.name}: is no regular file, though it is named like one")
+    return None
 
 
 def _plan_file(found: Format, path: Path, label: str) -> Iterator[Unit]:

@@ -336,6 +336,18 @@ def test_links_and_pipes_named_like_files_with_records_are_refused_by_name(tmp_p
     assert [record.where for record in records[:2]] == ["f/a.jsonl", "f/b.parquet"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.tar"])
+def test_a_file_that_goes_while_it_is_prepared_ends_the_work(name, tmp_path):
+    """Its records would be rejected one unit at a time, and nobody would see how many there were."""
+    content = {"a.jsonl": lines({"text": "a"}), "a.jsonl.gz": gzip.compress(b"{}"), "a.tar": tar(("a.txt", b"a"))}[name]
+    folder = tree(tmp_path / "f", {name: content})
+    units = formats.plan([folder])
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: is gone, .* the same command goes on"):
+        for unit in units:
+            list(formats.read(unit, MOST))
+
+
 def test_files_beside_those_with_records_are_counted(tmp_path):
     alone = tree(tmp_path / "f", {"a.txt": b"a", "b/c.png": b"c"})
     mixed = tree(tmp_path / "g", {"a.jsonl": b"", "a.txt": b"a", "b/c.png": b"c", ".hidden": b""})
