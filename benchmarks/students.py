@@ -7,7 +7,7 @@ configs/tiny_distill.py in four ways: without a teacher; with the teacher's draw
 first; without a teacher for as many more steps as its forward passes would have paid for; and with the teacher beside it.
 The first two at each of four learning rates: the control is the run without a teacher that has the lowest held-out loss,
 the student has the rate of its config. Prints the tables of docs/DISTILLATION.md and writes the plot beside it,
-docs/students.svg. What is finished in `--runs` is not done again.
+docs/students.svg. What is finished in `--runs` is not done again; what is of another config there is refused.
 """
 
 import argparse
@@ -71,8 +71,7 @@ class Study:
             raise SystemExit(f"{title}: exit status {done.returncode}; {self.runs}/log.txt says why")
 
     def train_teacher(self) -> None:
-        if not (self.teacher / "evaluation.json").exists():
-            self.drover("teacher", "train", "--config", TEACHER, "--workdir", str(self.teacher))
+        self.drover("teacher", "train", "--config", TEACHER, "--workdir", str(self.teacher))
 
     def options(self, seed: int, steps: int, others: Options) -> list[str]:
         """Of a student. Every seed has its own weights, batches and pictures; all have the teacher's tokenizer."""
@@ -103,13 +102,8 @@ class Study:
         """Trains one way over all seeds."""
         found = {}
         for seed in self.seeds:
-            workdir, wanted = self.runs / f"{name}-{seed}", steps or self.steps
-            if not (workdir / "evaluation.json").exists():
-                words = self.options(seed, wanted, others)
-                self.drover(f"{name}, seed {seed}", "train", "--workdir", str(workdir), *words)
-            done = json.loads((workdir / "evaluation.json").read_text())["step"]
-            if done != wanted:
-                raise SystemExit(f"{workdir}: found a run of {done} steps, expected {wanted}; give another --runs")
+            workdir, words = self.runs / f"{name}-{seed}", self.options(seed, steps or self.steps, others)
+            self.drover(f"{name}, seed {seed}", "train", "--workdir", str(workdir), *words)
             found[seed] = Scores.of(workdir)
         return found
 
@@ -229,7 +223,7 @@ def main() -> None:
     control, cached = controls[best], students[own_rate]
     online = study.arm("online", {"distill.draws": 0})
     cost = study.cost()
-    longer = study.arm("longer", {"distill": None, "optimizer.peak_lr": best}, round(cost * study.steps))
+    longer = study.arm(f"longer-{best:g}", {"distill": None, "optimizer.peak_lr": best}, round(cost * study.steps))
 
     print(f"{rates_table(controls, students)}\n\ncontrol: {best:g}, student: {own_rate:g}")
     taught = Scores.of(study.teacher)
@@ -241,7 +235,7 @@ def main() -> None:
     print(line(f"teacher's {student.distill.draws} draws from the cache", 1, cost, cached, control))
     shown = {
         f"alone-{best:g}": "no teacher",
-        "longer": "no teacher, longer",
+        f"longer-{best:g}": "no teacher, longer",
         "online": "teacher",
         f"cached-{own_rate:g}": "cache",
     }
