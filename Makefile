@@ -16,12 +16,12 @@ install: $(STAMP)  ## make .venv with everything pinned, and .venv/bin/drover
 # Debian's python3 comes without ensurepip, and a pyenv shim may stand for a version that is not active: try them.
 define find_python
 python=; for candidate in python3.11 python3.12 python3.13 python3; do \
-    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
         python=$$candidate; break; \
     fi; \
 done; \
 if [ -z "$$python" ]; then \
-    echo "Drover needs Python 3.11 or newer with its venv module; tried python3.11, python3.12, python3.13, python3." >&2; \
+    echo "Drover needs Python 3.11, 3.12 or 3.13 with its venv module; tried python3.11, python3.12, python3.13, python3." >&2; \
     echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 fi
 endef

@@ -11,8 +11,8 @@ parameter, 31.9 TB: 399 GPUs of 80 GB or 336 TPU v5p chips of 95 GB before any a
 costs about 1,788 GFLOP (6 x 285.2B active parameters without the embedding table, and 77 GFLOP of attention). The 419B
 tokens of this run are 7.5e23 FLOP: 5.4 days on 4,096 H100 at 40 % of their bfloat16 peak of 989 TFLOP/s.
 
-The data is the embedded one (text of the standard library, drawn scenes), the only one there is so far. Its tokenizer
-fills 32,768 of the 202,048 rows of the embedding table.
+The data is the embedded one (text of the standard library, drawn scenes) until data.paths names yours (docs/DATA.md). Its
+tokenizer fills 32,768 of the 202,048 rows of the embedding table.
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,8 @@ parameter, 1.74 TB: 22 GPUs of 80 GB or 19 TPU v5p chips of 95 GB before any act
 costs about 109 GFLOP (6 x 16.14B active parameters without the embedding table, and 12.1 GFLOP of attention). The 419B
 tokens of this run are 4.6e22 FLOP: 5.2 days on 256 H100 at 40 % of their bfloat16 peak of 989 TFLOP/s.
 
-The data is the embedded one (text of the standard library, drawn scenes), the only one there is so far. Its tokenizer
-fills 32,768 of the 202,048 rows of the embedding table.
+The data is the embedded one (text of the standard library, drawn scenes) until data.paths names yours (docs/DATA.md). Its
+tokenizer fills 32,768 of the 202,048 rows of the embedding table.
 """
 
 from ml_collections import ConfigDict

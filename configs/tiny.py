@@ -1,4 +1,4 @@
-"""Scout in miniature, with every part of the architecture switched on; trains on a laptop in minutes.
+"""Scout in miniature, all of the architecture switched on but scaled rotary positions; trains on a laptop in minutes.
 
     drover train --config configs/tiny.py
 

@@ -241,7 +241,8 @@ def _timeout(arguments: argparse.Namespace) -> float:
 
 
 def check_gpus(hosts: Sequence[tuple[str, int, int]]) -> None:
-    """Refuses to leave GPUs without a process, or to give one to several.
+    """Refuses to leave GPUs without a process, or to give one to several. Those who see one each are believed: in containers of
+    one host each has another.
 
     Args:
         hosts: of each process the name of its host and of the GPUs that it sees there, the devices that it uses, and how

@@ -47,8 +47,9 @@ def expert_parallel(
 ) -> jax.Array:
     """`compute` of all rows by all experts, of whose weights each device has an equal part, [E/P, ...].
 
-    `rows_AD` are sorted by expert, the first `sizes_E` of them; what comes after them gives zeros. Weights [R, E/P, ...]
-    are of as many layers as the super-block is repeated, of which `repeat` is meant.
+    `rows_AD` are sorted by expert, the first `sizes_E` of them; what comes after them gives zeros. Outside of
+    `jax.shard_map` (`Place.outside`) weights are whole, [E, ...]; so are those [R, E, ...] of as many layers as the
+    super-block is repeated, of which `repeat` is meant.
     """
     if repeat is not None or place.outside:
         return _where_weights_are(compute, place.outside, rows_AD, weights, sizes_E, repeat)

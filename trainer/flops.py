@@ -1,4 +1,4 @@
-"""Model FLOPs and parameter counts, from `ModelConfig` alone (no jax, so that `drover plan` and tests answer at once).
+"""Model FLOPs and parameter counts, from `ModelConfig` alone (no jax, so that `drover inspect` and tests answer at once).
 
 Model FLOPs are those of the mathematics, not of the program: what is recomputed, padded or masked away earns nothing.
 Compiled programs cannot be asked instead: their cost analysis counts the body of a scan once.

@@ -148,7 +148,7 @@ class _Teaching:
             segments = self._keyed.segments(batch)
             left = ~(repeated | writer.done([segment.digest for segment in segments]))
             self._reached(n + 1)  # those who still read it are behind
-            (asking,) = sum_of_all([left.any()])
+            (asking,) = sum_of_all([int(left.any())])
             if not asking:
                 return
             placed = self._asked.put(self._keyed(batch, segments))

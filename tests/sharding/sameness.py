@@ -102,7 +102,7 @@ CASES: dict[str, Case] = {
     ),
 }
 """The first has dense and expert layers, chunked and global ones, images, sound, packed rows, router losses and bias, and
-accumulation, in 8 super-blocks; the second what cannot be had together with that, and experts in chunked layers."""
+accumulation, in 8 layers of 4 super-blocks; the second what cannot be had together with that, and experts in chunked layers."""
 
 
 def in_precision(case: str, dtype: str) -> tuple[ModelConfig, Any, Any, dict[str, np.ndarray], int]:
