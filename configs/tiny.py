@@ -6,7 +6,7 @@ Mixture-of-experts layers with a shared expert and top-1 sigmoid routing, chunke
 global layers without, qk-norm, a vision encoder with pixel shuffle, early fusion. Text and drawn scenes, made on the
 spot.
 
-Last run on two cores of a shared AMD EPYC (Python 3.11.2, jax 0.10.2, float32): 8:09 minutes. Held-out questions answered
+Last run on two cores of a shared AMD EPYC (Python 3.11.2, jax 0.10.2, float32): 8:10 minutes. Held-out questions answered
 right after 1400 steps, with the real picture for combinations of colour and shape that training shows / never shows, with
 another question's picture, and by the best guess:
 
