@@ -23,6 +23,8 @@ from trainer.step import Params
 ANSWER_TOKENS = 12
 """Longest answer that is generated."""
 QUESTIONS_AT_ONCE = 64
+KEPT_BYTES = 2 * 2**30
+"""Of held-out batches, that a process keeps; the others are made again each time. Pictures are large."""
 SAMPLES = 24
 """Questions whose file and answer are kept for the report."""
 
@@ -36,15 +38,14 @@ class HeldOut:
         """`share`: the rows of a batch that this process makes; `put` moves them to where `eval_step` takes the batch."""
         self._dataset, self._eval_step, self._share, self._put = dataset, eval_step, share, put
         self._shares: dict[int, Batch] = {}
+        self._room = KEPT_BYTES
 
     def score(self, params: Params, router_bias: Params, batches: int) -> dict[str, float]:
         """Loss over the first so many held-out batches, all in all and by source; bits per byte of text."""
         loss_N, weight_N, text_bytes = 0.0, 0.0, 0
         names = self._dataset.source_names
         for n in range(batches):
-            if n not in self._shares:
-                self._shares[n] = self._dataset.batch(n, self._share)
-            share = self._shares[n]
+            share = self._batch(n)
             sums = jax.device_get(self._eval_step(params, router_bias, self._put(share)))
             loss_N = loss_N + sums["source_loss"].astype(np.float64)
             weight_N = weight_N + sums["source_weight"].astype(np.float64)
@@ -59,6 +60,17 @@ class HeldOut:
         if text_bytes:
             scores["text_bits_per_byte"] = float(loss_N[names.index("text")] / math.log(2) / text_bytes)
         return scores
+
+    def _batch(self, n: int) -> Batch:
+        """This process's rows of a held-out batch."""
+        if n in self._shares:
+            return self._shares[n]
+        share = self._dataset.batch(n, self._share)
+        size = sum(array.nbytes for array in share.values())
+        if size <= self._room:
+            self._room -= size
+            self._shares[n] = share
+        return share
 
 
 def ask(decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[Prompt], most: int = ANSWER_TOKENS) -> list[str]:
