@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint import multihost
 
+from data.open_files import check_limit
 from sharding.errors import UserError
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.pruning import Kept
@@ -231,7 +232,7 @@ class Checkpoints:
         """Raises `UserError` where the arrays of a checkpoint are not those of the model."""
         path = self.directory / str(step)
         shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
-        tops = {name[0] for name in wanted}
+        tops = {name[0] for name in wanted} | {"router_bias"}  # a model may have none
 
         def weights_first(name: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
             return name[0] != "params", name
@@ -268,13 +269,17 @@ class _Explained:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+        if error is None or isinstance(error, (UserError, KeyboardInterrupt, SystemExit, MemoryError)):
+            return
+        if "RESOURCE_EXHAUSTED" in str(error):  # too little memory says nothing of the checkpoint
             return
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         if self.reading:
+            if isinstance(error, Exception):
+                check_limit(self.path, error)
             raise UserError(
-                f"checkpoint {self.path}: cannot be read: {reason}\nIf it is damaged, delete that folder: the run then "
-                "goes on from the checkpoint before it."
+                f"checkpoint {self.path}: cannot be read: {reason}\nIf it is damaged, and not only out of reach, delete that "
+                "folder: the run then goes on from the checkpoint before it."
             ) from error
         raise UserError(
             f"checkpoints {self.path}: cannot be written: {reason}\nEarlier checkpoints are whole. Free space or mend "
@@ -285,7 +290,8 @@ class _Explained:
 def locate(path: Path) -> tuple[Path, int]:
     """The checkpoints folder and the step that `path` (a run directory, or one of its checkpoints) stands for."""
     path = path.expanduser().absolute()
-    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
+    numbered = path.name.isdigit() and not (path / "checkpoints").is_dir()  # a run may be named by its date
+    folder, step = (path.parent, int(path.name)) if numbered else (path / "checkpoints", None)
     steps = Checkpoints(folder).manager.all_steps() if folder.is_dir() else []
     if not steps or (step is not None and step not in steps):
         raise UserError(

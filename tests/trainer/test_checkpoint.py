@@ -1,6 +1,9 @@
 """Checkpoints: a snapshot of the moment, matched by name, explained when damaged."""
 
 import dataclasses
+import errno
+import functools
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,6 +158,41 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_shapes(tmp_path: Path, 
     with pytest.raises(UserError, match="holds another model") as caught:
         restore(7, wider)
     assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_router_biases_that_the_model_has_no_place_for_are_not_dropped(tmp_path: Path, whole: bool) -> None:
+    checkpoints = save(tmp_path, filled(init_state(run_config(dataclasses.replace(TINY, router_bias_rate=0.1))), 7))
+    like = shapes(run_config(dataclasses.replace(TINY, router_bias_rate=0.0)))
+    with pytest.raises(UserError, match=r"holds another model .*\n  router_bias\.\S+: found \(.*\), expected nothing"):
+        checkpoints.restore(7, like) if whole else checkpoints.restore_weights(7, like.params, like.router_bias)
+
+
+def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else a whole checkpoint would be deleted."""
+    checkpoints = save(tmp_path, filled(init_state(run_config()), 7))
+    for error, expected in (
+        (MemoryError(), MemoryError),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), UserError),
+    ):
+        raising = functools.partial(raise_, error)
+        monkeypatch.setattr(checkpoints.manager, "restore", raising)
+        with pytest.raises(expected) as caught:
+            checkpoints.restore(7, shapes(run_config()))
+        assert "delete" not in str(caught.value)
+
+
+def raise_(error: Exception, *_: Any, **__: Any) -> None:
+    raise error
+
+
+def test_a_run_directory_may_be_named_by_its_date(tmp_path: Path) -> None:
+    run = tmp_path / "20261122"
+    for step in (3, 5):
+        save(run / "checkpoints", filled(init_state(run_config()), step))
+    assert locate(run) == (run / "checkpoints", 5)
+    assert locate(run / "checkpoints" / "3") == (run / "checkpoints", 3)
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
