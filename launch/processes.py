@@ -301,9 +301,11 @@ def _watch(timeout: float, group: Group | None) -> "Watch":
     listener, index = None, jax.process_index()
     note = np.zeros(_TOKEN_BYTES + 2 + _HOST_BYTES, np.uint8)
     if index == 0:
-        listener = socket.create_server(("", 0), backlog=jax.process_count())
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listener = socket.create_server(("", 0), family=family, backlog=jax.process_count(), dualstack_ipv6=both)
         host = socket.gethostname()
-        if "KUBERNETES_SERVICE_HOST" in os.environ:  # other pods do not know that name
+        if group is None and "KUBERNETES_SERVICE_HOST" in os.environ:  # other pods do not know that name
             host = socket.gethostbyname(host)
         content = secrets.token_bytes(_TOKEN_BYTES) + listener.getsockname()[1].to_bytes(2, "big") + host.encode()
         note[: len(content)] = np.frombuffer(content, np.uint8)
@@ -316,9 +318,10 @@ def _watch(timeout: float, group: Group | None) -> "Watch":
     try:
         return connect(index, jax.process_count(), token, address, listener, timeout, quiet)
     except OSError as error:
+        failed = f"process {index}: cannot reach process 0 at" if index else "process 0: waited at"
         raise UserError(
-            f"process {index}: cannot reach process 0 at {address[0]}, port {address[1]} ({error}). Processes watch each "
-            "other on a port of its own: see that hosts can reach each other by name, on any port."
+            f"{failed} {address[0]}, port {address[1]} ({error}). Processes watch each other on a port of its own: see that "
+            "hosts can reach each other by name, on any port."
         ) from error
 
 

@@ -20,6 +20,8 @@ PEER_LOST = 3
 BEAT_SECONDS = 1.0
 PATIENCE = 5
 """A process may be a step behind the others for so many timeouts, as long as it takes to copy a checkpoint's arrays."""
+GREETING_SECONDS = 5.0
+"""Processes say who they are at once; another caller, a port scanner say, does not keep the others waiting."""
 _NOTE_BYTES = 4000
 
 Place = tuple[int, int]
@@ -129,7 +131,8 @@ class Watch:
         self._heard[connection] = time.monotonic()
         *lines, self._unread[connection] = (self._unread[connection] + data).split(b"\n")
         for line in lines:
-            self._take(connection, json.loads(line))
+            if connection in self._peers:  # a last beat may follow the word that it has left
+                self._take(connection, json.loads(line))
 
     def _take(self, connection: socket.socket, note: dict[str, Any]) -> None:
         if "name" in note:
@@ -178,7 +181,7 @@ def connect(
     """The watch of process `index` of `count`; process 0 listens at `address` (host, port), the others call it.
 
     Args:
-        token: what only processes of this run know; callers without it are sent away.
+        token: what only processes of this run know; callers without it, or silent ones, are sent away.
         listener: the listening socket in process 0, None in the others.
         timeout: seconds to wait for the others here, and without a beat from then on.
         quiet: see `Watch`.
@@ -191,17 +194,30 @@ def connect(
         connection.sendall(token + index.to_bytes(4, "big"))
         return Watch(index, {connection: 0}, timeout, quiet)
     peers: dict[socket.socket, int] = {}
-    listener.settimeout(timeout)
+    until = time.monotonic() + timeout
     while len(peers) < count - 1:
-        connection, _ = listener.accept()
-        connection.settimeout(timeout)
-        greeting = b""
-        while len(greeting) < len(token) + 4 and (part := connection.recv(len(token) + 4 - len(greeting))):
-            greeting += part
-        number = int.from_bytes(greeting[len(token) :], "big")
-        if greeting[: len(token)] == token and 0 < number < count:
+        listener.settimeout(max(until - time.monotonic(), 1e-3))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            silent = sorted(set(range(1, count)) - set(peers.values()))
+            raise TimeoutError(f"not called in {timeout:g} s by process {', '.join(map(str, silent))}") from None
+        number = _caller(connection, token)
+        if 0 < number < count:
             peers[connection] = number
         else:
             connection.close()
     listener.close()
     return Watch(0, peers, timeout)
+
+
+def _caller(connection: socket.socket, token: bytes) -> int:
+    """The number of the process that calls; 0 for one that is not of this run."""
+    connection.settimeout(GREETING_SECONDS)
+    greeting = b""
+    try:
+        while len(greeting) < len(token) + 4 and (part := connection.recv(len(token) + 4 - len(greeting))):
+            greeting += part
+    except OSError:  # it says nothing, or went away
+        return 0
+    return int.from_bytes(greeting[len(token) :], "big") if greeting[: len(token)] == token else 0

@@ -1,11 +1,16 @@
 """Processes that only watch each other: one whose main thread is stuck is alive, and still found."""
 
 import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+
+from launch import watch
 
 ROOT = Path(__file__).parents[2]
 COUNT = 3
@@ -91,6 +96,47 @@ def test_one_that_dies_or_fails_ends_the_others_at_once(groups, name: str, statu
     statuses, (first, *others) = ended(groups[name])
     assert statuses == [3, status, 3]
     assert words in first and others == [""] * (COUNT - 1)
+
+
+def test_a_last_beat_after_the_word_that_a_process_has_left_is_nothing() -> None:
+    here, there = socket.socketpair()
+    also_here, also_there = socket.socketpair()
+    me = watch.Watch(0, {here: 1, also_here: 2}, timeout=60)
+    there.sendall(b'{"left": true}\n{"place": [3, 0]}\n')
+    also_there.sendall(b'{"place": [2, 1]}\n')
+    for _ in range(100):
+        if me._places == {2: (2, 1)} and here not in me._peers:
+            break
+        time.sleep(0.1)
+    assert me._places == {2: (2, 1)} and me._thread.is_alive()
+    me.leave()
+
+
+def test_callers_of_another_kind_are_sent_away_and_processes_that_do_not_call_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "GREETING_SECONDS", 0.2)
+    token, found = bytes(range(16)), []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        waiting = threading.Thread(
+            target=lambda: found.append(watch.connect(0, 2, token, address, listener, timeout=30, quiet=True))
+        )
+        waiting.start()
+        silent, other, rude = (socket.create_connection(address) for _ in range(3))
+        other.sendall(bytes(20))
+        rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        rude.close()  # with a reset
+        watch.connect(1, 2, token, address, None, timeout=30, quiet=True).leave()
+        waiting.join(timeout=60)
+    assert other.recv(1) == silent.recv(1) == b""
+    (me,) = found
+    me.leave()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(TimeoutError, match=r"not called in 0\.2 s by process 1, 2"),
+    ):
+        watch.connect(0, 3, token, listener.getsockname(), listener, timeout=0.2, quiet=True)
 
 
 @pytest.mark.parametrize("name", ["compiling", "slow", "all wait"])
