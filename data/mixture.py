@@ -1,7 +1,7 @@
 """Which share of the tokens each source has, at which batch: weights, temperature, curriculum, and what an operator changed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from data.config import DataConfig
@@ -26,6 +26,11 @@ def continued(journal: Sequence[Sequence[Any]], config: DataConfig, batch: int) 
     if not changes:
         return [(0, now)]
     return changes if changes[-1][1] == now else [*changes, (batch, now)]
+
+
+def as_begun(config: DataConfig, journal: Sequence[Change]) -> DataConfig:
+    """The config with the options that held at first."""
+    return replace(config, **journal[0][1]) if journal else config
 
 
 def names(config: DataConfig, journal: Sequence[Change] = ()) -> tuple[str, ...]:
@@ -54,8 +59,10 @@ class Schedule:
         for step, phase in options["curriculum"].items():
             if since < int(step) <= batch:
                 weights, since = phase, int(step)
-        power = 1 / options["mixture_temperature"]
-        raw = [weights.get(name, 0.0) ** power if weights.get(name, 0.0) > 0 else 0.0 for name in self.names]
+        given = [max(weights.get(name, 0.0), 0.0) for name in self.names]
+        power, raw = 1 / options["mixture_temperature"], given
+        if power != 1:  # of the largest: its power neither overflows nor vanishes
+            raw = [(weight / max(given)) ** power for weight in given]
         return tuple(weight / sum(raw) for weight in raw)
 
     @property

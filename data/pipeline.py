@@ -66,7 +66,7 @@ class Dataset:
     ):
         self.config, self.media = config, media
         self._again = (config, media, held_out, journal, position)
-        self.tokenizer = load_tokenizer(config, media)
+        self.tokenizer = load_tokenizer(config, media, journal)
         schedule = Schedule.of(config, journal)
         self.source_names = schedule.names
         self._sources = load_sources(config, media, held_out, self.tokenizer, schedule.names, tell)
@@ -130,7 +130,8 @@ class Dataset:
 
     def repeated(self, stop: int) -> Iterator[list[np.ndarray]]:
         """For each of the batches 0 to stop - 1 and each of its rows: bool, which of its segments stood in a batch or a row
-        before. Nothing is read; of documents of the same words, and of images changed at random, each counts as another.
+        before. Nothing is read; of documents of the same words, and with images or clips where `augment` is on, each counts as
+        another.
         """
         met = [np.zeros(len(source), bool) for source in self._sources]
         for n in range(stop):

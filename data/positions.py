@@ -22,7 +22,7 @@ from sharding.errors import UserError
 MOST = 4096
 """Positions that are kept, at the least half as many: of so many equal parts of the rows, the first."""
 RECENT = 256
-"""Positions that are kept beside them, the latest: a run asks for one window after the other."""
+"""Positions that are kept beside them, the latest: a run asks for one window after the other; further away is a jump."""
 SAVE_EVERY = 1024
 """Windows packed before the file is written again; they take some seconds."""
 
@@ -113,10 +113,10 @@ class Positions:
         self._unsaved = 0
         if self._file is None or not self._writes or not self._new:
             return
-        for position in self._read():
-            self._keep(position)
-        # It saves time and no more: where there is no room for it, a run goes on.
-        with contextlib.suppress(OSError):
+        # It saves time and no more: where there is no room for it, or it cannot be read just then, a run goes on.
+        with contextlib.suppress(OSError, UserError):
+            for position in self._read():
+                self._keep(position)
             beside, name = tempfile.mkstemp(dir=self._file.parent, prefix=f".{self._file.name}.")
             try:
                 with open(beside, "wb") as file:

@@ -11,6 +11,7 @@ was stopped. What comes out does not depend on the number of workers, nor on int
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -120,17 +121,19 @@ def prepare(
             )
     units = formats.plan(sources)
     if not units:
-        raise UserError(f"{', '.join(map(str, sources))}: found no files to read.")
+        raise UserError(f"{', '.join(map(str, sources))}: found no files to read, or no records in them.")
     inputs = [_state(path) for unit in units for path in _files(unit)]
     inputs += [_state(Path(options.classifier.rpartition(":")[0]))] if options.classifier else []
     work = _begin(out, units, inputs, options)
-    try:
-        tokenizer = _tokenizer(out, units, options, tell)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    _prepare_units(work, units, options, tokenizer, workers, tell)
-    beside = {shown(str(source)): count for source in sources if (count := formats.beside_records(source))}
-    return _finish(out, [shown(str(source.resolve())) for source in sources], len(units), options, tokenizer, beside)
+    with _alone(out, work):
+        try:
+            tokenizer = _tokenizer(out, units, options, tell)
+        except OSError as error:
+            raise _unwritable(out, error) from error
+        _prepare_units(work, units, options, tokenizer, workers, tell)
+        beside = {shown(str(source)): count for source in sources if (count := formats.beside_records(source))}
+        names = [shown(str(source.resolve())) for source in sources]
+        return _finish(out, names, len(units), options, tokenizer, beside)
 
 
 def prepare_built_in(
@@ -174,6 +177,21 @@ def _begin(out: Path, units: Sequence[Unit], inputs: Any, options: Options) -> P
     except OSError as error:
         raise _unwritable(out, error) from error
     return work
+
+
+@contextlib.contextmanager
+def _alone(out: Path, work: Path) -> Iterator[None]:
+    """Keeps other commands from preparing into the same folder meanwhile."""
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {out}: another command prepares into it. Wait for it, or give another folder."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _files(unit: Unit) -> list[Path]:
@@ -341,6 +359,8 @@ def _finish(
                 f"{out}: {read:,} records were read, but {len(index):,} are written and {sum(rules.values()):,} rejected: "
                 "files of it were lost or changed meanwhile. Remove it, and prepare the data again."
             )
+        if not read:
+            raise UserError(f"{', '.join(sources)}: found no records.")
         if not len(index):
             raise UserError(
                 f"{out}: none of {facts['read']:,} records could be used; {out / 'rejected.jsonl'} says why."

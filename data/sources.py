@@ -137,8 +137,9 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray | None:
     return np.concatenate(arrays) if arrays else None
 
 
-def load_tokenizer(config: DataConfig, media: MediaSpec) -> Tokenizer:
-    """The tokenizer that the options name; a BPE is trained on the training split, or taken from the cache.
+def load_tokenizer(config: DataConfig, media: MediaSpec, journal: Sequence[mixture.Change] = ()) -> Tokenizer:
+    """The tokenizer that the options name; a BPE is trained on the training split, or taken from the cache: on that of the
+    sources that a run began with, whatever its `journal` says of later ones.
 
     Raises:
         UserError: there is none under that name, it cannot be used, or it lacks a special token that the data needs.
@@ -161,7 +162,8 @@ def load_tokenizer(config: DataConfig, media: MediaSpec) -> Tokenizer:
         except UserError as error:
             raise UserError(f"data.tokenizer (bpe, bytes or a path): {error}") from error
         return tokenizer
-    return load_bpe(builtin.tokenizer_texts(config, media.image), config.tokenizer_size, cache_folder(config))
+    texts = builtin.tokenizer_texts(mixture.as_begun(config, journal), media.image)
+    return load_bpe(texts, config.tokenizer_size, cache_folder(config))
 
 
 def load_sources(

@@ -101,7 +101,7 @@ def read_frames(data: bytes, times_ms: Sequence[int], name: str) -> Iterator[Ima
         name: what a message calls it.
 
     Yields:
-        RGB pictures, upright, of the clip's size; transparency shows white. Frames of high dynamic range are not
+        RGB pictures, upright, each of its frame's size; transparency shows white. Frames of high dynamic range are not
         tone-mapped, pixels are taken as square.
 
     Raises:

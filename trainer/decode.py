@@ -171,7 +171,8 @@ class Decoder:
             tree_bytes(self._weights) + len(prompts) * config.cache_bytes(length, jnp.dtype(config.dtype).itemsize),
             jax.local_devices()[0],
             f"weights, keys and values of {len(prompts)} row(s) of {length:,} tokens",
-            "Ask for fewer tokens: a smaller max_tokens, a shorter prompt.",
+            "Ask for fewer tokens: a smaller max_tokens, a shorter prompt; at the end of a run, for none with "
+            "--config.eval.questions=0 --allow-config-change.",
         )
         return self._tokens(prompts, max_tokens, sampling, np.array(sorted(stop), np.int32), length)
 

@@ -154,6 +154,9 @@ def shares(config: DataConfig, journal, batch: int) -> dict[str, float]:
 def test_weights_temperature_and_curriculum_make_the_shares(config):
     assert shares(config, (), 0) == {"c": 0.7, "b": 0.3}
     warm = dataclasses.replace(config, mixture={"c": 0.8, "b": 0.2}, mixture_temperature=2.0)
+    for few, many in ((2000, 3000), (1e-4, 1e-3)):  # whose powers overflow, or vanish
+        cold = dataclasses.replace(config, mixture={"c": many, "b": few}, mixture_temperature=0.01)
+        assert Schedule.of(cold).shares(0)[1] == pytest.approx(1, abs=1e-9)
     assert shares(warm, (), 0) == {"c": 0.666667, "b": 0.333333}
     staged = dataclasses.replace(config, curriculum={"100": {"b": 2.0}, "20": {"c": 1.0, "b": 1.0}})
     assert [shares(staged, (), n)["b"] for n in (0, 19, 20, 99, 100, 10**6)] == [0.3, 0.3, 0.5, 0.5, 1.0, 1.0]

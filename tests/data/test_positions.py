@@ -91,3 +91,9 @@ def test_a_damaged_table_is_named_and_a_folder_that_cannot_be_written_is_no_hind
     with pytest.raises(UserError, match=r"data\.cache_dir: .*positions\.npy cannot be read .* Delete it"):
         Positions(1, file)
     assert packing(Positions(1, tmp_path / "missing" / "positions.npy")).row(600) == rows[600]
+    file.unlink()
+    known = Positions(1, file)
+    file.write_bytes(b"no array")  # meanwhile, or it cannot be read just then
+    known.add(Position(1, (1,), (0.0,)))
+    known.save()
+    assert known.before(5).row == 1 and file.read_bytes() == b"no array"

@@ -23,6 +23,7 @@ from pyarrow import parquet
 
 from data import prepare as module
 from data.inspect import inspect_data, render
+from data.prepare import Options, prepare
 from data.prepared import Prepared
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, load_file
 from sharding.errors import UserError
@@ -329,3 +330,24 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path):
     assert not (tmp_path / "out" / "unfinished").exists()
     with pytest.raises(UserError, match="lies in the source"):
         made(tmp_path / "inner" / "out", tmp_path)
+
+
+def test_two_commands_do_not_prepare_into_one_folder(tmp_path, monkeypatch):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_bytes(jsonl({"text": "a"}))
+    finish = module._finish
+
+    def finished(*given: Any) -> Any:
+        with pytest.raises(UserError, match="another command prepares into it"):
+            prepare([source], out, Options("bytes"), 1, lambda _: None)
+        return finish(*given)
+
+    monkeypatch.setattr(module, "_finish", finished)
+    assert len(records(made(out, source))) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_file_without_records_says_so(name, tmp_path):
+    (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    with pytest.raises(UserError, match=rf"{name}: found no (files to read, or no )?records"):
+        made(tmp_path / "out", tmp_path / name)

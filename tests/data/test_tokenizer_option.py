@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from data.mixture import continued
 from data.pipeline import Dataset, build_dataset
+from data.sources import load_tokenizer
 from data.tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, IMAGE_TOKENS, PAD, PATCH
 from sharding.errors import UserError
 from tests.data import llama4
@@ -40,6 +42,19 @@ def test_batches_have_the_ids_of_the_file(from_file, dataset):
     predicted = batch["targets"][batch["loss_weights"] > 0]
     assert not np.isin(predicted, unpredicted).any()
     assert np.isin(special[END_OF_TEXT], predicted)
+
+
+def test_a_run_that_goes_on_with_fewer_sources_keeps_the_tokenizer_that_it_began_with(config, media):
+    """A BPE is trained on the texts of the sources."""
+    begun = dataclasses.replace(config, mixture={"scenes": 0.5, "clips": 0.5}, tokenizer="bpe", tokenizer_size=300)
+    now = dataclasses.replace(begun, mixture={"scenes": 1.0, "clips": 0.0})
+    journal = continued(continued([], begun, 0), now, 7)
+    at_first, later, anew = (
+        load_tokenizer(begun, media),
+        load_tokenizer(now, media, journal),
+        load_tokenizer(now, media),
+    )
+    assert at_first.digest == later.digest != anew.digest
 
 
 def test_documents_say_the_same_in_any_tokenizer(from_file, dataset):
