@@ -294,14 +294,14 @@ def test_a_config_of_another_tokenizer_is_refused(tmp_path: Path, capsys) -> Non
     """Before anything is copied: training would refuse it, and the run directory could not be mended."""
     save_run(tmp_path / "run", micro())
     assert drover("export", tmp_path / "run", tmp_path / "hf") == 0
-    config = ("--config", "tests/micro.py", "--config.data.tokenizer")
+    config = "--config", "tests/micro.py", "--config.data.tokenizer_size=300"
     capsys.readouterr()
-    assert drover("import", tmp_path / "hf", tmp_path / "new", *config[:2], f"{config[2]}=bpe") == 2
+    assert drover("import", tmp_path / "hf", tmp_path / "new", *config, "--config.data.tokenizer=bpe") == 2
     message = capsys.readouterr().err
     assert f"{tmp_path / 'hf'}/tokenizer.json" in message and "Set data.tokenizer to the tokenizer.json" in message
     assert not (tmp_path / "new").exists()
     for n, same in enumerate(("bytes", tmp_path / "hf")):
-        assert drover("import", tmp_path / "hf", tmp_path / str(n), *config[:2], f"{config[2]}={same}") == 0
+        assert drover("import", tmp_path / "hf", tmp_path / str(n), *config, f"--config.data.tokenizer={same}") == 0
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
