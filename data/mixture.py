@@ -59,10 +59,9 @@ class Schedule:
         for step, phase in options["curriculum"].items():
             if since < int(step) <= batch:
                 weights, since = phase, int(step)
-        given = [max(weights.get(name, 0.0), 0.0) for name in self.names]
-        power, raw = 1 / options["mixture_temperature"], given
-        if power != 1:  # of the largest: its power neither overflows nor vanishes
-            raw = [(weight / max(given)) ** power for weight in given]
+        raw = [weights.get(name, 0.0) for name in self.names]
+        if (temperature := options["mixture_temperature"]) != 1:
+            raw = [(weight / max(raw)) ** (1 / temperature) for weight in raw]  # of the largest: none overflows
         return tuple(weight / sum(raw) for weight in raw)
 
     @property

@@ -182,7 +182,11 @@ def _begin(out: Path, units: Sequence[Unit], inputs: Any, options: Options) -> P
 @contextlib.contextmanager
 def _alone(out: Path, work: Path) -> Iterator[None]:
     """Keeps other commands from preparing into the same folder meanwhile."""
-    with (work / "lock").open("w") as lock:
+    try:
+        lock = (work / "lock").open("w")
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,6 +5,7 @@ Everything here returns at once where there is one process.
 
 import hashlib
 from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from orbax.checkpoint import multihost
 from sharding.errors import UserError
 
 DAY_MS = 86_400_000
+Answer = TypeVar("Answer", bool, int)
 
 
 def is_leader() -> bool:
@@ -21,18 +23,11 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def leader_says(answer: bool) -> bool:
-    """The leader's answer, in every process. All have to ask."""
+def leader_says(answer: Answer) -> Answer:
+    """The leader's answer, a number below 2^31, in every process. All have to ask."""
     if jax.process_count() == 1:
         return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
-
-
-def leaders(number: int) -> int:
-    """The leader's whole number, below 2^31, in every process. All have to ask."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+    return type(answer)(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
 def anyone_says(answer: bool) -> bool:

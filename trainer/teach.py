@@ -63,14 +63,14 @@ def teach(
     digest = dataset.tokenizer.digest
     check_same(
         "config, data or --part (parts are commands of their own, which know nothing of each other)",
-        f"{to_plain(run)} {dataset.digest} {dataset.digests} {digest} {part}/{parts}",
+        f"{to_plain(run)} {dataset.digest} {dataset.digests} {part}/{parts}",
     )
     distill = as_of_now(distill)
     taught = load_teacher(run, distill, mesh, None, digest)
     weights = taught.teacher.params, taught.teacher.router_bias
     known = identity(Path(distill.teacher).expanduser()) | {"fingerprint": fingerprint(weights, mesh)}
     header = header_of(run, distill, digest, known)
-    check_same("teacher or recipe", str(header))
+    check_same("teacher", str(header))
     teaching = _Teaching(run, distill, taught.teacher, header, mesh, reached)
     mine, leader = range(part, run.steps, parts), is_leader()
     process, processes, stopping = jax.process_index(), jax.process_count(), False

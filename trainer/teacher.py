@@ -25,7 +25,7 @@ from trainer.hf.load import open_model
 from trainer.initialise import check_same_tokenizer, check_tokenizer
 from trainer.memory import check_memory, tree_bytes
 from trainer.placement import cures, mesh_problems, of_teacher
-from trainer.processes import leaders
+from trainer.processes import leader_says
 from trainer.quantise import in_int8, to_read
 from trainer.step import Params, Skeleton, Teacher, TrainState
 
@@ -77,7 +77,7 @@ def as_of_now(distill: DistillConfig) -> DistillConfig:
     if any(path.glob("*.safetensors")):
         return distill
     folder, step = locate(path)
-    return dataclasses.replace(distill, teacher=str(folder / str(leaders(step))))
+    return dataclasses.replace(distill, teacher=str(folder / str(leader_says(step))))
 
 
 def check_same_teacher(
